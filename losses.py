@@ -1,6 +1,6 @@
 """The preference losses, one function per equation, term by term. Needs torch and nothing else.
 
-B pairs, N tokens, V vocabulary, S segments per response, A aspects. Every logarithm is natural, every unit nats.
+B pairs, N tokens, V vocabulary, S segments per response, A aspects. Logarithms are natural, units nats.
 
     log pi(y|x) = sum_t log pi(y_t | x, y_<t)     a SUM over the response, end-of-text included; never a mean
     logratio    = log pi(y|x) - log pi_ref(y|x)   pi is the policy, pi_ref the reference; w chosen, l rejected
@@ -11,7 +11,7 @@ Where this file departs from a paper, or a paper is silent and something had to 
  2. DPOP is Eq. 3 as printed: beta multiplies the lam term; the hinge is on the sequence, not on each token.
  3. TDPO's sequential KL is forward, KL(pi_ref || pi), over the full vocabulary, at response positions only.
     TDPO2 stops the gradient of the chosen KL and of nothing else. Its losses are numbered about 15 to 17.
- 4. 2D-DPO prints segment k as tokens n_k ... n_k + l_k. We read it half-open, or a boundary token counts twice.
+ 4. 2D-DPO prints segment k as tokens n_k ... n_k + l_k. Read half-open here, or a boundary token counts twice.
  5. 2D-DPO's selection: the k-th best chosen segment meets the k-th worst rejected one, equal rewards keep the
     order of the text, the sum over the N pairs is not divided by N. A masked segment (padding, or a segment
     without a token of its own) is neither selected nor counted.
@@ -37,8 +37,8 @@ def token_logps(logits, targets):
     Args: logits (N, V), those that *predict* the targets (the shift by one is data.py's); targets (N,), ids.
     Returns (N,), nats, float32 or float64.
     """
-    log_s = F.log_softmax(at_least_float32(logits), dim=-1)             # (N, V)
-    return log_s.gather(-1, targets.unsqueeze(-1)).squeeze(-1)          # (N,)
+    log_s = F.log_softmax(at_least_float32(logits), dim=-1)         # (N, V)
+    return log_s.gather(-1, targets.unsqueeze(-1)).squeeze(-1)      # (N,)
 
 
 def token_kl(ref_logits, logits):
@@ -48,9 +48,9 @@ def token_kl(ref_logits, logits):
 
     Args: ref_logits (N, V), logits (N, V). Returns (N,), nats, >= 0. Its gradient in logits is s - q.
     """
-    log_q = F.log_softmax(at_least_float32(ref_logits), dim=-1)         # (N, V)
-    log_s = F.log_softmax(at_least_float32(logits), dim=-1)             # (N, V); log(softmax) would underflow
-    return (log_q.exp() * (log_q - log_s)).sum(-1)                      # (N,)
+    log_q = F.log_softmax(at_least_float32(ref_logits), dim=-1)     # (N, V)
+    log_s = F.log_softmax(at_least_float32(logits), dim=-1)         # (N, V); log(softmax) would underflow
+    return (log_q.exp() * (log_q - log_s)).sum(-1)                  # (N,)
 
 
 def segment_sum(values, segment, num):
@@ -58,7 +58,7 @@ def segment_sum(values, segment, num):
 
     Args: values (N,); segment (N,), ids 0 ... num - 1. Returns (num,); a segment without a token is 0.
     """
-    return values.new_zeros(num).index_add(0, segment, values)          # (num,)
+    return values.new_zeros(num).index_add(0, segment, values)      # (num,)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -84,8 +84,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
     Args: the four log-probabilities, (B,), nats, summed over the response; beta, 1/nats. Returns (B,).
     """
-    chosen_logratio = chosen_logps - ref_chosen_logps                   # log pi(y_w|x) / pi_ref(y_w|x)
-    rejected_logratio = rejected_logps - ref_rejected_logps             # log pi(y_l|x) / pi_ref(y_l|x)
+    chosen_logratio = chosen_logps - ref_chosen_logps               # log pi(y_w|x) / pi_ref(y_w|x)
+    rejected_logratio = rejected_logps - ref_rejected_logps         # log pi(y_l|x) / pi_ref(y_l|x)
     return -F.logsigmoid(beta * chosen_logratio - beta * rejected_logratio)
 
 
@@ -97,9 +97,9 @@ def dpop_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
 
     Args: the four log-probabilities, (B,), nats, summed over the response; beta, 1/nats; lam. Returns (B,).
     """
-    chosen_logratio = chosen_logps - ref_chosen_logps                   # log pi(y_w|x) / pi_ref(y_w|x)
-    rejected_logratio = rejected_logps - ref_rejected_logps             # log pi(y_l|x) / pi_ref(y_l|x)
-    penalty = F.relu(ref_chosen_logps - chosen_logps)                   # max(0, log pi_ref(y_w|x) / pi(y_w|x))
+    chosen_logratio = chosen_logps - ref_chosen_logps               # log pi(y_w|x) / pi_ref(y_w|x)
+    rejected_logratio = rejected_logps - ref_rejected_logps         # log pi(y_l|x) / pi_ref(y_l|x)
+    penalty = F.relu(ref_chosen_logps - chosen_logps)               # max(0, log pi_ref(y_w|x) / pi(y_w|x))
     return -F.logsigmoid(beta * (chosen_logratio - rejected_logratio - lam * penalty))
 
 
@@ -110,11 +110,11 @@ def tdpo1_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
         -log sigma( u - delta ),  u     = beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x)
                                   delta = beta D_SeqKL(x,y_l; pi_ref||pi) - beta D_SeqKL(x,y_w; pi_ref||pi)
 
-    Args: the four log-probabilities, (B,), nats, summed over the response; the two sequential KLs, (B,), nats,
-    token_kl summed over the response; beta, 1/nats. Returns (B,).
+    Args: the four log-probabilities, (B,), nats, summed over the response; the two sequential KLs, (B,),
+    nats, token_kl summed over the response; beta, 1/nats. Returns (B,).
     """
-    chosen_logratio = chosen_logps - ref_chosen_logps                   # log pi(y_w|x) / pi_ref(y_w|x)
-    rejected_logratio = rejected_logps - ref_rejected_logps             # log pi(y_l|x) / pi_ref(y_l|x)
+    chosen_logratio = chosen_logps - ref_chosen_logps               # log pi(y_w|x) / pi_ref(y_w|x)
+    rejected_logratio = rejected_logps - ref_rejected_logps         # log pi(y_l|x) / pi_ref(y_l|x)
     u = beta * chosen_logratio - beta * rejected_logratio
     delta = beta * rejected_seq_kl - beta * chosen_seq_kl
     return -F.logsigmoid(u - delta)
@@ -131,8 +131,8 @@ def tdpo2_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     sg is the stop-gradient: the chosen KL enters as a number, only the rejected KL is pulled down.
     Args: as tdpo1_loss; alpha. Returns (B,).
     """
-    chosen_logratio = chosen_logps - ref_chosen_logps                   # log pi(y_w|x) / pi_ref(y_w|x)
-    rejected_logratio = rejected_logps - ref_rejected_logps             # log pi(y_l|x) / pi_ref(y_l|x)
+    chosen_logratio = chosen_logps - ref_chosen_logps               # log pi(y_w|x) / pi_ref(y_w|x)
+    rejected_logratio = rejected_logps - ref_rejected_logps         # log pi(y_l|x) / pi_ref(y_l|x)
     u = beta * chosen_logratio - beta * rejected_logratio
     delta_2 = beta * rejected_seq_kl - (beta * chosen_seq_kl).detach()  # detach is sg
     return -F.logsigmoid(u - alpha * delta_2)
@@ -147,7 +147,7 @@ def segment_rewards(scores, aspect_weights):
 
     Args: scores r~ (B, S, A), each aspect in [0, 1]; aspect_weights W (A,), summing to 1. Returns (B, S).
     """
-    return (scores * aspect_weights).sum(-1)                            # (B, S)
+    return (scores * aspect_weights).sum(-1)                        # (B, S)
 
 
 def dpo2d_vanilla_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -157,14 +157,14 @@ def dpo2d_vanilla_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejec
         -log sigma( beta sum_k r_{w,k} log pi(y_{w,k})/pi_ref(y_{w,k})
                   - beta sum_k r_{l,k} log pi(y_{l,k})/pi_ref(y_{l,k}) )
 
-    Args: the four log-probabilities, (B, S), nats, summed over each segment given all before it; the rewards r,
-    (B, S); the masks, (B, S), bool, True where a segment exists (what stands elsewhere, NaN included, has no
-    effect); beta, 1/nats. Returns (B,).
+    Args: the four log-probabilities, (B, S), nats, summed over each segment (given all before it); the rewards
+    r, (B, S); the masks, (B, S), bool, True where a segment exists (what stands elsewhere, NaN included, has
+    no effect); beta, 1/nats. Returns (B,).
     """
-    chosen_logratio = torch.where(chosen_mask, chosen_logps - ref_chosen_logps, 0.0)                # (B, S)
-    rejected_logratio = torch.where(rejected_mask, rejected_logps - ref_rejected_logps, 0.0)        # (B, S)
-    r_w = torch.where(chosen_mask, chosen_rewards, 0.0)                 # (B, S)
-    r_l = torch.where(rejected_mask, rejected_rewards, 0.0)             # (B, S)
+    chosen_logratio = torch.where(chosen_mask, chosen_logps - ref_chosen_logps, 0.0)  # (B, S)
+    rejected_logratio = torch.where(rejected_mask, rejected_logps - ref_rejected_logps, 0.0)  # (B, S)
+    r_w = torch.where(chosen_mask, chosen_rewards, 0.0)             # (B, S)
+    r_l = torch.where(rejected_mask, rejected_rewards, 0.0)         # (B, S)
     return -F.logsigmoid(beta * (r_w * chosen_logratio).sum(-1) - beta * (r_l * rejected_logratio).sum(-1))
 
 
@@ -176,11 +176,11 @@ def select_segments(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask
     Args: rewards (B, S) and masks (B, S), bool; S may differ between the two sides.
     Returns (i_w, i_l, paired), each (B, K), K the smaller S: segment indices, and True for k < N.
     """
-    best_first = torch.where(chosen_mask, chosen_rewards, -torch.inf).argsort(-1, descending=True, stable=True)
-    worst_first = torch.where(rejected_mask, rejected_rewards, torch.inf).argsort(-1, stable=True)
-    n = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))       # (B,)
-    k = torch.arange(min(best_first.shape[-1], worst_first.shape[-1]), device=n.device)             # (K,)
-    return best_first[:, :len(k)], worst_first[:, :len(k)], k < n.unsqueeze(-1)
+    best = torch.where(chosen_mask, chosen_rewards, -torch.inf).argsort(-1, descending=True, stable=True)
+    worst = torch.where(rejected_mask, rejected_rewards, torch.inf).argsort(-1, stable=True)
+    n = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))   # (B,)
+    k = torch.arange(min(best.shape[-1], worst.shape[-1]), device=n.device)  # (K,)
+    return best[:, :len(k)], worst[:, :len(k)], k < n.unsqueeze(-1)
 
 
 def dpo2d_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -193,9 +193,9 @@ def dpo2d_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     with k in the order of select_segments. Args: as dpo2d_vanilla_loss. Returns (B,); N log 2 at pi = pi_ref.
     """
     i_w, i_l, paired = select_segments(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask)
-    chosen_logratio = torch.where(paired, (chosen_logps - ref_chosen_logps).gather(-1, i_w), 0.0)   # (B, K)
+    chosen_logratio = torch.where(paired, (chosen_logps - ref_chosen_logps).gather(-1, i_w), 0.0)  # (B, K)
     rejected_logratio = torch.where(paired, (rejected_logps - ref_rejected_logps).gather(-1, i_l), 0.0)
-    r_w = torch.where(paired, chosen_rewards.gather(-1, i_w), 0.0)      # (B, K)
-    r_l = torch.where(paired, rejected_rewards.gather(-1, i_l), 0.0)    # (B, K)
-    loss = -F.logsigmoid(beta * r_w * chosen_logratio - beta * r_l * rejected_logratio)             # (B, K)
+    r_w = torch.where(paired, chosen_rewards.gather(-1, i_w), 0.0)  # (B, K)
+    r_l = torch.where(paired, rejected_rewards.gather(-1, i_l), 0.0)  # (B, K)
+    loss = -F.logsigmoid(beta * r_w * chosen_logratio - beta * r_l * rejected_logratio)  # (B, K)
     return torch.where(paired, loss, 0.0).sum(-1)
