@@ -11,7 +11,7 @@ Where this file departs from a paper, or a paper is silent and something had to 
  2. DPOP is Eq. 3 as printed: beta multiplies the lam term; the hinge is on the sequence, not on each token.
  3. TDPO's sequential KL is forward, KL(pi_ref || pi), over the full vocabulary, at response positions only.
     TDPO2 stops the gradient of the chosen KL and of nothing else. Its losses are numbered about 15 to 17.
- 4. 2D-DPO prints segment k as tokens n_k ... n_k + l_k. Read half-open here, or a boundary token counts twice.
+ 4. 2D-DPO prints segment k as tokens n_k ... n_k + l_k. Read half-open here: no boundary token counts twice.
  5. 2D-DPO's selection: the k-th best chosen segment meets the k-th worst rejected one, equal rewards keep the
     order of the text, the sum over the N pairs is not divided by N. A masked segment (padding, or a segment
     without a token of its own) is neither selected nor counted.
@@ -157,8 +157,8 @@ def dpo2d_vanilla_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejec
         -log sigma( beta sum_k r_{w,k} log pi(y_{w,k})/pi_ref(y_{w,k})
                   - beta sum_k r_{l,k} log pi(y_{l,k})/pi_ref(y_{l,k}) )
 
-    Args: the four log-probabilities, (B, S), nats, summed over each segment (given all before it); the rewards
-    r, (B, S); the masks, (B, S), bool, True where a segment exists (what stands elsewhere, NaN included, has
+    Args: the four log-probabilities, (B, S), nats, summed over each segment (given all before it); rewards
+    r, (B, S); masks, (B, S), bool, True where a segment exists (what stands elsewhere, NaN included, has
     no effect); beta, 1/nats. Returns (B,).
     """
     chosen_logratio = torch.where(chosen_mask, chosen_logps - ref_chosen_logps, 0.0)  # (B, S)
@@ -176,8 +176,8 @@ def select_segments(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask
     Args: rewards (B, S) and masks (B, S), bool; S may differ between the two sides.
     Returns (i_w, i_l, paired), each (B, K), K the smaller S: segment indices, and True for k < N.
     """
-    best = torch.where(chosen_mask, chosen_rewards, -torch.inf).argsort(-1, descending=True, stable=True)
-    worst = torch.where(rejected_mask, rejected_rewards, torch.inf).argsort(-1, stable=True)
+    best = torch.where(chosen_mask, chosen_rewards, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    worst = torch.where(rejected_mask, rejected_rewards, torch.inf).argsort(dim=-1, stable=True)
     n = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))   # (B,)
     k = torch.arange(min(best.shape[-1], worst.shape[-1]), device=n.device)  # (K,)
     return best[:, :len(k)], worst[:, :len(k)], k < n.unsqueeze(-1)
