@@ -2,7 +2,7 @@
 
 Shapes: B rows, T tokens, P cached tokens, C = n_embd channels, H heads, D = C / H, V vocabulary.
 The trunk (`forward`) and the head (`logits`) are apart, so that the head can run on response tokens only.
-Names of modules and files are Hugging Face's: a saved folder is a GPT2LMHeadModel folder, and the other way round.
+Modules and files have Hugging Face's names: a saved folder is a GPT2LMHeadModel folder, and vice versa.
 """
 
 import json
@@ -80,8 +80,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. vocab_multiple rounds the embedding table up (64 is faster on GPUs): the extra rows are never
-    looked up, scored, sampled or saved.
+    """The decoder. vocab_multiple rounds the embedding table up (64 is faster on GPUs): the extra rows are
+    never looked up, scored, sampled or saved.
     """
 
     def __init__(self, config, vocab_multiple=1):
@@ -95,15 +95,15 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:  # GPT-2's 0.02; the 2 n_layer projections that add to the residual start smaller
+            elif p.dim() == 2:  # 0.02 as GPT-2; the 2 n_layer projections into the residual start smaller
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
         """Hidden states after the final LayerNorm: tokens (B, T) -> (B, T, C).
 
-        positions (B, T), by default counted on from the cache. mask (B, 1, T, P+T), bool, True where a token (row)
-        may attend to another (column), by default causal. cache: a list that holds each layer's keys and values,
-        `[]` at first; it is extended in place.
+        positions (B, T), by default counted on from the cache. mask (B, 1, T, P+T), bool, True where a token
+        (row) may attend to another (column), by default causal. cache: a list of each layer's keys and
+        values, `[]` at first, extended in place.
         """
         B, T = tokens.shape
         P = cache[0][0].shape[-2] if cache else 0
@@ -137,7 +137,7 @@ class GPT(nn.Module):
         block_size the model sees the last block_size tokens, recomputed each time.
         """
         if tokens.shape[1] == 0:
-            raise ModelError("generate needs at least one token to continue; end-of-text serves as an empty prompt")
+            raise ModelError("generate needs at least one token; end-of-text serves as an empty prompt")
         if not temperature >= 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
             raise ModelError(f"sampling with temperature {temperature}, top_k {top_k}, top_p {top_p}: "
                              "needs temperature >= 0, top_k >= 1, 0 < top_p <= 1")
@@ -160,7 +160,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, vocab_multiple=1):
-        """Read a Hugging Face GPT-2 folder (config.json, model.safetensors or its shards), or download a NAME once.
+        """Read a Hugging Face GPT-2 folder (config.json, model.safetensors or its shards) or one of NAMES.
 
         Weights become float32. Raises ModelError, in one line, for anything that is not a GPT-2 of this kind.
         """
@@ -183,11 +183,11 @@ class GPT(nn.Module):
                 p.zero_()
                 p[:len(w)] = w
         if weights:
-            raise ModelError(f"{folder}: {sorted(weights)[0]} and {len(weights) - 1} more tensors are not GPT-2's")
+            raise ModelError(f"{folder}: tensor {sorted(weights)[0]} is not a GPT-2's ({len(weights)} such)")
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, readable by transformers' GPT2LMHeadModel.from_pretrained."""
+        """Write config.json and model.safetensors for transformers' GPT2LMHeadModel.from_pretrained and ours."""
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
@@ -236,7 +236,8 @@ def read_config(folder):
     path = folder / "config.json"
     try:
         c = json.loads(path.read_text())
-        sizes = [c["vocab_size"], c.get("n_positions", c.get("n_ctx")), c["n_layer"], c["n_head"], c["n_embd"]]
+        positions = c["n_positions"] if "n_positions" in c else c["n_ctx"]
+        sizes = [c["vocab_size"], positions, c["n_layer"], c["n_head"], c["n_embd"]]
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror}; a model folder holds config.json and model.safetensors, "
                          f"a model name is one of {', '.join(NAMES)}") from None
@@ -253,7 +254,7 @@ def read_config(folder):
 
 
 def read_weights(folder):
-    """All tensors of a folder by their plain name: no `transformer.` prefix, no attention-mask buffers; float32."""
+    """All tensors of a folder in float32, named without `transformer.`, attention-mask buffers left out."""
     index, weights = folder / "model.safetensors.index.json", {}
     try:
         files = ["model.safetensors"]
@@ -287,10 +288,10 @@ def download(name):
                 length = int(reply.headers["Content-Length"])
             torch.hub.download_url_to_file(url, str(part))
         except (OSError, ValueError, TypeError) as e:
-            raise ModelError(f"{url}: the download failed ({e}); try again, or pass a folder with the files") from None
+            raise ModelError(f"{url}: {e}; try again, or pass a folder with the files") from None
         if part.stat().st_size != length:  # a cut connection looks like the end of the file
             got = part.stat().st_size
             part.unlink()
-            raise ModelError(f"{url}: got {got} of {length} bytes; try again, or pass a folder with the files")
+            raise ModelError(f"{url}: got {got} of {length} bytes; try again, or pass a folder instead")
         part.replace(folder / file)
     return folder
