@@ -187,7 +187,7 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors for transformers' GPT2LMHeadModel.from_pretrained and ours."""
+        """Write config.json and model.safetensors, for from_pretrained here and in transformers."""
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
