@@ -102,7 +102,7 @@ def read_gpt2():
     try:
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as e:  # requests' own errors, and requests is not ours to import
-        raise DataError(f"tokenizer gpt2: not in tiktoken's cache, and no download ({type(e).__name__}); pass "
+        raise DataError(f"tokenizer gpt2: not in tiktoken's cache, no download ({type(e).__name__}); pass "
                         "a folder with encoder.json and vocab.bpe, or set TIKTOKEN_CACHE_DIR") from None
     return dict(bpe._mergeable_ranks), bpe.eot_token
 
@@ -275,7 +275,7 @@ def parse_record(record):
         chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
         end = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT) + len(ASSISTANT)
         if end < len(ASSISTANT):
-            raise DataError('no "prompt", and no "\\n\\nAssistant:" turn shared by both sides (HH transcripts)')
+            raise DataError('no "prompt", and no "\\n\\nAssistant:" shared by both sides (HH transcripts)')
         return "HH transcripts", chosen[:end], [(chosen[end:], None)], [(rejected[end:], None)]
     sides = parse_response(chosen, "chosen"), parse_response(rejected, "rejected")
     if len(counts := {len(scores or []) for side in sides for _, scores in side}) > 1:
@@ -343,9 +343,9 @@ def parse_chat(prompt, chosen, rejected):
     for key, side in zip(("chosen", "rejected"), sides, strict=True):
         if side and side[0][0] != "assistant":
             raise DataError(f'"{key}": the response must start with an assistant turn, found {side[0][0]}')
-    texts = ["".join(TURN[role] + content for role, content in side).removeprefix(ASSISTANT) for side in sides]
-    rendered = "".join(TURN[role] + content for role, content in head) + ASSISTANT
-    return rendered, [(texts[0], None)], [(texts[1], None)]
+    head, *sides = ("".join(TURN[role] + content for role, content in turns) for turns in (head, *sides))
+    chosen, rejected = (side.removeprefix(ASSISTANT) for side in sides)
+    return head + ASSISTANT, [(chosen, None)], [(rejected, None)]
 
 
 # ---------------------------------------------------------------------------------------------------------
