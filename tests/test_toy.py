@@ -1,0 +1,237 @@
+"""toy/: the files are what make.py writes; reward, label noise and edits are what toy/ says they are."""
+
+import base64
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+
+import pytest
+import tiktoken
+
+from toy import make, reviews, sums
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORLDS = {"reviews": reviews, "sums": sums}
+ODD_STRINGS = [
+    "", " ", "\n", ".", "...", ":", "::", "=", " + ", "\0", "é∞ 🫖", "²+³ =", "x" * 100_000,
+    "Review the red:", "Review the red mug:", "Review the red mug: .", "Review the red mug: The",
+    "1 + 2", "1 + 2 =", "1 + 2 =:", "1 + 2 =,,,,:3", "9" * 6000 + " + 1 =", "1 + " + "9" * 6000 + " = 1",
+]
+
+
+def read(name):
+    return [json.loads(line) for line in (make.HERE / name).read_text().splitlines()]
+
+
+def join(response):
+    return response if isinstance(response, str) else "".join(segment["text"] for segment in response)
+
+
+def rewards(world, pair):
+    return [world.reward(pair["prompt"] + join(pair[side])) for side in ("chosen", "rejected")]
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    ranks = {}
+    for line in (make.HERE / "toy.tiktoken").read_text().splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    assert sorted(ranks.values()) == list(range(len(ranks)))
+    return tiktoken.Encoding("toy", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
+
+
+# ---- the files ----
+
+def test_files_are_what_make_writes():
+    """Every committed file equals, byte for byte, what make.py writes; together they stay below 900 kB."""
+    contents = make.files()
+    assert all((make.HERE / name).read_bytes() == content for name, content in contents.items())
+    assert sum(map(len, contents.values())) < 900_000
+
+
+def test_check_exits_1_on_a_difference(tmp_path, monkeypatch):
+    """make.py --check exits 0 on what make.py wrote and 1 after one changed byte."""
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+    make.main()
+    monkeypatch.setattr(sys, "argv", ["make.py", "--check"])
+    make.main()
+    path = tmp_path / "sums-train.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"7", b"8", 1))
+    with pytest.raises(SystemExit) as stop:
+        make.main()
+    assert "sums-train.jsonl" in str(stop.value.code)  # sys.exit(text) is exit status 1
+
+
+def test_make_runs_as_a_script(tmp_path):
+    """python toy/make.py --check runs from another folder."""
+    command = [sys.executable, make.HERE / "make.py", "--check"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_samples_do_not_depend_on_the_hash_seed():
+    """Another PYTHONHASHSEED gives the same vocabulary and pairs: no set order leaks into the data."""
+    code = ("from toy import make, reviews, sums\n"
+            "print(make.vocabulary(), reviews.sample_pairs(20, 5), sums.sample_pairs(20, 5))")
+    runs = [subprocess.run([sys.executable, "-c", code], cwd=make.HERE.parent, env={"PYTHONHASHSEED": seed},
+                           capture_output=True, check=True).stdout for seed in "12"]
+    assert runs[0] == runs[1] != b""
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_held_out_pairs_are_new(name):
+    """No held-out pair is in the training data, in either order; for sums, no held-out sum is."""
+    def keys(pairs):
+        if name == "sums":
+            return [tuple(sorted(pair["prompt"].removesuffix(" =").split(" + "))) for pair in pairs]
+        return [(pair["prompt"], *sorted((join(pair["chosen"]), join(pair["rejected"])))) for pair in pairs]
+    train, held_out = keys(read(f"{name}-train.jsonl")), keys(read(f"{name}-heldout.jsonl"))
+    assert len(set(train + held_out)) == len(train) + len(held_out)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_sidecar_holds_the_ceiling(name):
+    """The sidecar's ceiling is the true reward's accuracy on the held-out labels; it fits the noise."""
+    pairs = read(f"{name}-heldout.jsonl")
+    ceiling = json.loads((make.HERE / f"{name}-heldout.meta.json").read_text())["accuracy_ceiling"]
+    scored = [rewards(WORLDS[name], pair) for pair in pairs]
+    assert ceiling == sum((w > l) + 0.5 * (w == l) for w, l in scored) / len(pairs)  # noqa: E741
+    if name == "sums":
+        assert ceiling == 1.0
+    else:
+        assert 0.82 <= ceiling <= 0.90
+        assert abs(ceiling - reviews.expected_ceiling(pairs)) < 4 * math.sqrt(0.25 / len(pairs))
+
+
+# ---- the rewards ----
+
+@pytest.mark.parametrize("world", WORLDS.values())
+def test_reward_never_raises(world):
+    """The reward is a number inside its range for any string: odd ones, and damaged texts of the world."""
+    rng = random.Random(0)
+    texts = list(ODD_STRINGS)
+    for pair in world.sample_pairs(100, seed=3):
+        text = pair["prompt"] + join(pair["chosen"])
+        cut, put = (int(rng.random() * len(text)) for _ in range(2))
+        texts += [text[:cut], text[cut:], text[:put] + text[cut:], text[:cut] + "\n. é" + text[cut:]]
+    for text in texts:
+        assert 0 <= world.reward(text) <= (16 if world is reviews else 2)
+
+
+def test_reward_of_text_is_the_planted_scores():
+    """Scores read off a text are the file's; its reward is 4 * the mean over sentences of the mean score."""
+    for pair in read("reviews-train.jsonl") + read("reviews-heldout.jsonl"):
+        for segments in (pair["chosen"], pair["rejected"]):
+            scores = [segment["scores"] for segment in segments]
+            assert reviews.score_sentences(pair["prompt"], join(segments)) == \
+                [(segment["text"], segment["scores"]) for segment in segments]
+            assert reviews.reward(pair["prompt"] + join(segments)) == \
+                pytest.approx(4 * sum((h + r) / 2 for h, r in scores) / len(scores), abs=1e-12)
+
+
+def test_reward_by_hand():
+    """Rewards worked out by hand, a sentence that breaks off and a response of another prompt among them."""
+    first = " The red mug resisted rust all winter."  # helpfulness 4, relevance 4
+    second = " The tin mug is fine so far."  # 1, 3
+    prompt = "Review the red mug:"
+    assert reviews.reward(prompt + first) == 16
+    assert reviews.reward(prompt + first + second) == 12
+    assert reviews.reward(prompt + first + second + " The red mug is") == 8
+    assert reviews.reward(prompt + first + second + "\n") == 12
+    assert reviews.reward("Review the tin sofa:" + first) == 8
+    assert reviews.reward(prompt) == 0
+    assert sums.worked(478, 356) == " 8+6+0=14, 7+5+1=13, 4+3+1=08: 834"
+    assert sums.reward("478 + 356 = 8+6+0=14, 7+5+1=13, 4+3+1=08: 834") == 2
+    assert sums.reward("478 + 356 = 8+6+0=14, 7+5+1=19, 4+3+1=08: 834") == pytest.approx(1 + 2 / 3)
+    assert sums.reward("478 + 356 = 8+6+0=14") == pytest.approx(1 / 3)
+
+
+def test_every_score_is_reached():
+    """Each aspect takes every value 0 to 4 in the training data, so that its maximum over the data is 4."""
+    scores = [segment["scores"] for pair in read("reviews-train.jsonl") for side in ("chosen", "rejected")
+              for segment in pair[side]]
+    assert {h for h, _ in scores} == {0, 1, 2, 3, 4}
+    assert {r for _, r in scores} == {0, 1, 3, 4}  # 1 for the adjective + 3 for the noun: never 2
+
+
+# ---- labels ----
+
+def test_labels_are_bradley_terrys():
+    """In each band of |reward gap| labels go against the reward with rate sigmoid(-gap), to 4 deviations."""
+    bands = [[] for _ in range(6)]
+    for pair in reviews.sample_pairs(6000, seed=11):
+        margin = reviews.margin(pair)
+        if margin:
+            bands[min(5, int(abs(margin)))].append(margin)
+    for margins in bands:
+        flip = [1 / (1 + math.exp(abs(margin))) for margin in margins]
+        deviation = math.sqrt(sum(p * (1 - p) for p in flip))
+        assert len(margins) > 100
+        assert abs(sum(margin < 0 for margin in margins) - sum(flip)) < 4 * deviation
+
+
+def test_length_is_no_shortcut():
+    """Number of sentences and reward correlate by less than 0.04 in 12000 responses (4 deviations: 0.037)."""
+    rows = [(len(pair[side]), reward) for pair in reviews.sample_pairs(6000, seed=12)
+            for side, reward in zip(("chosen", "rejected"), rewards(reviews, pair), strict=True)]
+    assert abs(statistics.correlation(*zip(*rows, strict=True))) < 0.04
+
+
+# ---- tokens ----
+
+def test_a_word_is_a_token(encoding):
+    """Every word of the worlds with its leading space, and every digit, is one token; a sentence is eight."""
+    assert all(len(encoding.encode(word)) == 1 for word in reviews.WORDS + sums.WORDS)
+    assert encoding.encode("0123456789") == list(b"0123456789")
+    for pair in read("reviews-heldout.jsonl"):
+        for segment in pair["chosen"] + pair["rejected"]:
+            assert len(encoding.encode(segment["text"])) == 8
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_round_trip(name, encoding):
+    """decode(encode(text)) is the text for every prompt and response of the data."""
+    for pair in read(f"{name}-train.jsonl") + read(f"{name}-heldout.jsonl"):
+        for text in (pair["prompt"], join(pair["chosen"]), join(pair["rejected"])):
+            assert encoding.decode(encoding.encode(text)) == text
+
+
+# ---- sums ----
+
+@pytest.mark.parametrize("edits", [1, 2, 6, 18])
+def test_exactly_edits_tokens_differ(edits, encoding):
+    """Chosen and rejected differ in exactly `edits` tokens, all of them digits; a single edit lies early."""
+    for pair in sums.sample_pairs(100, seed=4, edits=edits):
+        chosen, rejected = encoding.encode(pair["chosen"]), encoding.encode(pair["rejected"])
+        differ = [i for i, (w, l) in enumerate(zip(chosen, rejected, strict=True)) if w != l]  # noqa: E741
+        assert len(differ) == edits
+        assert all(chr(chosen[i]).isdigit() and chr(rejected[i]).isdigit() for i in differ)
+        assert edits > 1 or differ[0] < len(chosen) / 2
+
+
+@pytest.mark.parametrize("edits", [1, 4, 18, "all"])
+def test_chosen_is_correct_and_rejected_wrong(edits):
+    """Chosen is the right worked answer and has reward 2, rejected is not and has less; equal lengths."""
+    for pair in sums.sample_pairs(100, seed=6, edits=edits):
+        chosen, rejected = pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]
+        assert sums.correct(chosen) and sums.reward(chosen) == 2
+        assert not sums.correct(rejected) and sums.reward(rejected) < 2
+        assert len(chosen) == len(rejected)
+
+
+def test_one_edit_keeps_the_result():
+    """With one edit the rejected answer still states the right result; with "all" it never does."""
+    assert all(rewards(sums, pair)[1] > 1 for pair in sums.sample_pairs(100, seed=7))
+    assert all(rewards(sums, pair)[1] < 1 for pair in sums.sample_pairs(100, seed=7, edits="all"))
+
+
+def test_edits_out_of_range_are_refused():
+    """No edit, and more edits than an answer has digits, raise ValueError."""
+    for edits in (0, 99):
+        with pytest.raises(ValueError, match="edits"):
+            sums.sample_pairs(1, seed=0, edits=edits)
