@@ -1,4 +1,4 @@
-"""From a line of JSONL to the tensors of a step. Needs torch, tiktoken and numpy; imports nothing of ours.
+"""From a line of JSONL to the tensors of a step. Imports nothing of ours.
 
 B pairs, T columns, N response tokens, S segments per response, A aspects; P, C, R tokens of a pair's prompt,
 chosen and rejected response (end-of-text counted).
@@ -15,17 +15,19 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
 from array import array
 from collections import Counter
-from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import tiktoken
 import torch
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 
@@ -41,7 +43,8 @@ class UnusablePair(DataError):
 # Tokenizer
 
 EOT = "<|endoftext|>"
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's pattern
+# GPT-2's split pattern, possessive so that a million spaces do not overflow the regex engine's stack
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 class Tokenizer:
@@ -57,20 +60,17 @@ class Tokenizer:
         self.name = str(name_or_path)
         path = Path(name_or_path)
         if self.name == "bytes":
-            ranks, eot = {bytes([b]): b for b in range(256)}, 256
+            self.ranks, self.eot = {bytes([b]): b for b in range(256)}, 256
         elif self.name == "gpt2":
-            ranks, eot = read_gpt2()
+            self.ranks, self.eot = read_gpt2()
         elif path.suffix == ".tiktoken":
-            ranks, eot = read_tiktoken(path)
+            self.ranks, self.eot = read_tiktoken(path)
         else:
-            ranks, eot = read_folder(path)
-        self.ranks, self.eot = ranks, eot
-        self.vocab_size = max(eot, *ranks.values()) + 1
-        special = {EOT: eot}
-        self.bpe = tiktoken.Encoding(self.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-        self.token_bytes = {rank: token for token, rank in ranks.items()} | {eot: EOT.encode()}
-        listing = repr((sorted(ranks.items()), eot))
-        self.hash = hashlib.sha256(listing.encode()).hexdigest()
+            self.ranks, self.eot = read_folder(path)
+        self.vocab_size = max(self.eot, *self.ranks.values()) + 1
+        self.token_bytes = {rank: token for token, rank in self.ranks.items()} | {self.eot: EOT.encode()}
+        self.hash = hashlib.sha256(repr((sorted(self.ranks.items()), self.eot)).encode()).hexdigest()
+        self.bpe = tiktoken.Encoding(self.name, pat_str=SPLIT, mergeable_ranks=self.ranks, special_tokens={})
 
     def encode(self, text):
         """Text -> list of ids. Never a special token, whatever the text says."""
@@ -104,13 +104,15 @@ def read_gpt2():
     except Exception as e:  # requests' own errors, and requests is not ours to import
         raise DataError(f"tokenizer gpt2: not in tiktoken's cache, no download ({type(e).__name__}); pass "
                         "a folder with encoder.json and vocab.bpe, or set TIKTOKEN_CACHE_DIR") from None
-    return dict(bpe._mergeable_ranks), bpe.eot_token
+    return {bpe.decode_single_token_bytes(i): i for i in range(bpe.eot_token)}, bpe.eot_token
 
 
 def read_tiktoken(path):
     """tiktoken caches local files by path and would not notice a rewrite, so they are read here."""
     ranks = {}
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -118,23 +120,24 @@ def read_tiktoken(path):
             raise DataError(f"{path}:{number}: not a line of a .tiktoken file (base64 token, rank)") from None
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise DataError(f"{path}: ranks must be 0 to {len(ranks) - 1}, each once")
-    return check_bytes(path, ranks), len(ranks)
+    if missing := sum(bytes([b]) not in ranks for b in range(256)):
+        raise DataError(f"{path}: {missing} single bytes are missing; not every text could be encoded")
+    return ranks, len(ranks)
 
 
 def read_folder(folder):
-    """The vocabulary of a folder: {token: id}, and end-of-text's id. Ids order the merges, as in GPT-2."""
+    """The vocabulary of a folder: {token: id} and end-of-text's id."""
     for vocab_file, merges_file in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocab_file).exists() and (folder / merges_file).exists():
-            vocab = read_json(folder / vocab_file)
             lines = read_bytes(folder / merges_file).decode("utf-8", errors="replace").split("\n")
             merges = [line.split() for line in lines if line and not line.startswith("#version")]
-            return check_merges(folder / vocab_file, vocab, merges)
-    if (folder / "tokenizer.json").exists():
-        path = folder / "tokenizer.json"
+            return check_merges(folder / vocab_file, read_json(folder / vocab_file), merges)
+    if (path := folder / "tokenizer.json").exists():
         try:
             bpe = read_json(path)
-            kind = bpe["model"]["type"], bpe["normalizer"], bpe["pre_tokenizer"]["type"]
-            if kind != ("BPE", None, "ByteLevel"):
+            kind = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+            split_alike = (kind | bpe["pre_tokenizer"]).items() >= kind.items()
+            if bpe["model"]["type"] != "BPE" or bpe["normalizer"] or not split_alike:
                 raise DataError(f"{path}: not a byte-level BPE of GPT-2's kind")
             vocab = bpe["model"]["vocab"] | {t["content"]: t["id"] for t in bpe["added_tokens"]}
             merges = [m.split() if isinstance(m, str) else m for m in bpe["model"]["merges"]]
@@ -148,23 +151,19 @@ def read_folder(folder):
 
 
 def check_merges(path, vocab, merges):
-    """tiktoken merges in the order of ids; refuse a vocabulary whose merges come in another order."""
+    """tiktoken merges in the order of ids: refuse a vocabulary whose merges come in another order. A token
+    that no merge makes is a special token, which no text becomes; only end-of-text is kept of those."""
     byte_of = byte_characters()
     try:
-        eot = vocab[EOT]
-        ranks = {bytes(byte_of[c] for c in token): int(i) for token, i in vocab.items() if token != EOT}
-        merged = [ranks[bytes(byte_of[c] for c in left + right)] for left, right in merges]
+        made = [left + right for left, right in merges]
+        ranks = {bytes(byte_of[c] for c in token): int(vocab[token]) for token in [*byte_of, *made]}
+        ids, eot = [vocab[token] for token in made], int(vocab[EOT])
     except (KeyError, TypeError, ValueError) as e:
         raise DataError(f"{path}: not a vocabulary of GPT-2's kind ({type(e).__name__}: {e})") from None
-    if merged != sorted(rank for token, rank in ranks.items() if len(token) > 1):
-        raise DataError(f"{path}: its ids do not follow its merges, as GPT-2's do")
-    return check_bytes(path, ranks), eot
-
-
-def check_bytes(path, ranks):
-    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
-        raise DataError(f"{path}: {len(missing)} single bytes are missing; not every text could be encoded")
-    return ranks
+    taken = {*ranks.values(), eot}
+    if ids != sorted(ids) or len(taken) <= len(ranks) or min(taken) < 0:
+        raise DataError(f"{path}: its ids do not follow its merges, each once, as GPT-2's do")
+    return ranks, eot
 
 
 def byte_characters():
@@ -209,15 +208,15 @@ def read_json(path):
 
 
 def list_files(paths):
-    """Data files; a folder stands for the .jsonl, .jsonl.gz and .json files in it."""
+    """Data files. A folder stands for its .jsonl and .jsonl.gz files, or its .json files when it has none."""
     files = []
     for path in map(Path, paths):
-        found = [path]
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".json")))
-            if not found:
-                raise DataError(f"{path}: a folder without .jsonl, .jsonl.gz or .json files")
-        files += found
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        found = [p for p in inside if p.name.endswith((".jsonl", ".jsonl.gz"))]
+        found = found or [p for p in inside if p.name.endswith(".json")]
+        if path.is_dir() and not found:
+            raise DataError(f"{path}: a folder without .jsonl, .jsonl.gz or .json files")
+        files += found or [path]
     return files
 
 
@@ -226,16 +225,17 @@ def read_records(path):
 
     A line that is not JSON is yielded with a DataError in place of the record, so that all can be listed.
     """
+    bar = {"desc": f"reading {path}", "unit": " pairs", "delay": 2, "leave": False}
     if Path(path).suffix == ".json":
         items = read_json(path)
         if not isinstance(items, list):
             raise DataError(f"{path}: a .json file must hold an array of pairs (one pair a line is .jsonl)")
-        yield from ((f"{path}: item {i}", item) for i, item in enumerate(items, 1))
+        yield from ((f"{path}: item {i}", item) for i, item in enumerate(tqdm(items, **bar), 1))
         return
-    for number, line in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(tqdm(read_bytes(path).split(b"\n"), **bar), 1):
         if line.strip():
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
                 record = DataError("not UTF-8")
             except (ValueError, RecursionError) as e:
@@ -244,43 +244,51 @@ def read_records(path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Record -> (form, prompt, chosen, rejected); a response is a list of (text, scores or None)
+# Record -> (form, prompt, chosen, rejected); a response is a list of segments (text, scores or None)
 
 FORMS = {
     "pairs": "prompt as it stands",
+    "scored segments": "prompt as it stands",
     "HH transcripts": "prompt = common prefix up to its last Assistant turn",
     "chat messages": "rendered as Human/Assistant turns",
     "instructions": "rendered as one Human turn",
 }
 TURN = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 ASSISTANT = "\n\nAssistant:"  # a prompt ends here, a response starts with the space
+KEYS = {"prompt", "chosen", "rejected", "instruction", "input"}
 
 
 def parse_record(record):
     """Recognise the form of a record by its keys."""
+    if isinstance(record, DataError):
+        raise record
     if not isinstance(record, dict):
         raise DataError(f"expected an object, found {type(record).__name__}")
     for key in ("chosen", "rejected"):
         if key not in record:
             raise DataError(f'key "{key}" is missing')
     chosen, rejected, prompt = record["chosen"], record["rejected"], record.get("prompt")
-    if is_messages(chosen) or is_messages(rejected) or isinstance(prompt, list):
+    if isinstance(prompt, list) or is_messages(chosen) or is_messages(rejected):
         return "chat messages", *parse_chat(prompt, chosen, rejected)
-    if "instruction" in record:
-        text = "\n".join(filter(None, (check_text(record.get(k) or "", k) for k in ("instruction", "input"))))
-        prompt = TURN["user"] + text + ASSISTANT
-        chosen, rejected = (" " + check_text(record[k], k) for k in ("chosen", "rejected"))
-        return "instructions", prompt, [(chosen, None)], [(rejected, None)]
+    if prompt is None and "instruction" in record:
+        texts = [check_text(record.get(key) or "", key) for key in ("instruction", "input")]
+        sides = [[(" " + check_text(record[key], key), None)] for key in ("chosen", "rejected")]
+        return "instructions", TURN["user"] + "\n".join(filter(None, texts)) + ASSISTANT, *sides
     if prompt is None:
-        chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
-        end = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT) + len(ASSISTANT)
-        if end < len(ASSISTANT):
+        sides = [check_text(record[key], key) for key in ("chosen", "rejected")]
+        head, turn, _ = os.path.commonprefix(sides).rpartition(ASSISTANT)
+        if not turn:
             raise DataError('no "prompt", and no "\\n\\nAssistant:" shared by both sides (HH transcripts)')
-        return "HH transcripts", chosen[:end], [(chosen[end:], None)], [(rejected[end:], None)]
+        prompt = head + turn
+        return "HH transcripts", prompt, *([(side.removeprefix(prompt), None)] for side in sides)
     sides = parse_response(chosen, "chosen"), parse_response(rejected, "rejected")
-    if len(counts := {len(scores or []) for side in sides for _, scores in side}) > 1:
+    if len(counts := {len(scores or []) for side in sides for _, scores in side} or {0}) > 1:
         raise DataError(f"a segment with {min(counts)} scores and one with {max(counts)} in one pair")
-    return "pairs", check_text(prompt, "prompt"), *sides
+    return "scored segments" if max(counts) else "pairs", check_text(prompt, "prompt"), *sides
+
+
+def is_messages(x):
+    return isinstance(x, list) and any(isinstance(m, dict) and "role" in m for m in x)
 
 
 def check_text(text, key):
@@ -294,67 +302,99 @@ def check_text(text, key):
 
 
 def parse_response(response, key):
-    """A string, or a list of {"text", "scores"} that join to the response."""
-    if isinstance(response, str):
-        return [(check_text(response, key), None)]
+    """A string, or a list of {"text", "scores"} that join to the response; scores may be absent or []."""
     if not isinstance(response, list):
-        raise DataError(f'"{key}" must be a string or a list of segments, found {type(response).__name__}')
+        return [(check_text(response, key), None)]
     segments = []
     for i, segment in enumerate(response):
         if not isinstance(segment, dict) or "text" not in segment:
             raise DataError(f'"{key}"[{i}] must be an object with "text" and "scores"')
-        segments.append((check_text(segment["text"], f"{key}[{i}].text"), segment.get("scores")))
-        scores = segments[-1][1]
-        if scores is None:
-            continue
-        numbers = isinstance(scores, list) and all(type(x) in (int, float) for x in scores)
-        if not numbers or not scores or not all(math.isfinite(x) and x >= 0 for x in scores):
+        scores = segment.get("scores")
+        if scores is not None and not (isinstance(scores, list)
+                                       and all(type(x) in (int, float) and 0 <= x < 1e38 for x in scores)):
             raise DataError(f'"{key}"[{i}].scores: needs a list of finite numbers >= 0, found {scores!r:.60}')
+        segments.append((check_text(segment["text"], f"{key}[{i}].text"), scores))
     return segments
 
 
-def is_messages(x):
-    return isinstance(x, list) and any(isinstance(m, dict) and "role" in m for m in x)
+def parse_messages(messages, key, role):
+    """A list of {"role", "content"} -> [(role, text)]; a string is one message of the given role."""
+    if isinstance(messages, str):
+        messages = [{"role": role, "content": messages}]
+    if not isinstance(messages, list):
+        raise DataError(f'"{key}" must be a list of messages, found {type(messages).__name__}')
+    for i, m in enumerate(messages):
+        found = m.get("role") if isinstance(m, dict) else m
+        if found not in list(TURN):
+            raise DataError(f'"{key}"[{i}]: role must be system, user or assistant, found {found!r:.40}')
+        check_text(m.get("content"), f"{key}[{i}].content")
+    return [(m["role"], m["content"]) for m in messages]
 
 
 def parse_chat(prompt, chosen, rejected):
-    """Messages: prompt explicit (a list, or a string for one user turn), or the messages both sides share."""
-    for key, messages in (("prompt", prompt or []), ("chosen", chosen), ("rejected", rejected)):
-        if key == "prompt" and isinstance(messages, str):
-            continue
-        if not isinstance(messages, list):
-            raise DataError(f'"{key}" must be a list of messages, found {type(messages).__name__}')
-        for i, m in enumerate(messages):
-            if not isinstance(m, dict) or m.get("role") not in TURN:
-                role = m.get("role") if isinstance(m, dict) else m
-                raise DataError(f'"{key}"[{i}]: role must be system, user or assistant, found {role!r:.40}')
-            check_text(m.get("content"), f"{key}[{i}].content")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": check_text(prompt, "prompt")}]
-    turns = [[(m["role"], m["content"]) for m in messages] for messages in (prompt or [], chosen, rejected)]
-    head, *sides = turns
+    """Messages. The prompt is explicit, or the messages that both sides share, or both."""
+    head = parse_messages([] if prompt is None else prompt, "prompt", "user")
+    sides = [parse_messages(chosen, "chosen", "assistant"), parse_messages(rejected, "rejected", "assistant")]
     if head and all(side[:len(head)] == head for side in sides):  # the prompt stands in both sides again
         sides = [side[len(head):] for side in sides]
-    if not head:
-        head = os.path.commonprefix(sides)
-        if len(head) == min(map(len, sides)):  # equal conversations, or one that ends early
-            head = head[:-1]
-        sides = [side[len(head):] for side in sides]
+    elif not head or all(side and side[0][0] != "assistant" for side in sides):
+        shared = os.path.commonprefix(sides)
+        if len(shared) == min(map(len, sides)):  # equal conversations, or one that ends early
+            shared = shared[:-1]
+        sides = [side[len(shared):] for side in sides]
+        head = shared if shared[len(shared) - len(head):] == head else head + shared
     for key, side in zip(("chosen", "rejected"), sides, strict=True):
         if side and side[0][0] != "assistant":
             raise DataError(f'"{key}": the response must start with an assistant turn, found {side[0][0]}')
-    head, *sides = ("".join(TURN[role] + content for role, content in turns) for turns in (head, *sides))
-    chosen, rejected = (side.removeprefix(ASSISTANT) for side in sides)
-    return head + ASSISTANT, [(chosen, None)], [(rejected, None)]
+    prompt, *sides = ("".join(TURN[role] + text for role, text in turns) for turns in (head, *sides))
+    return prompt + ASSISTANT, *([(side.removeprefix(ASSISTANT), None)] for side in sides)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Records -> token ids, in flat arrays
+# Text -> segments
+
+UNIT = re.compile(r"""
+    (?:```.*?(?:```|\Z) | ^~~~.*?(?:^~~~|\Z))             # a code fence, whole
+  | (?P<line>(?:\A|\s*\n)\s*(?:\d{1,3}\.(?=\s))?)         # a new line, with a list item's number
+  | \s+ | (?P<word>\w+)
+  | (?P<stop>[.!?…。！？]+)(?P<close>[]"'”’»)}」』）】*_]*)(?=\s*(?P<next>\S?))
+  | .""", re.VERBOSE | re.DOTALL | re.MULTILINE)
+ABBREVIATIONS = {"Mr", "Mrs", "Ms", "Dr", "Prof", "St", "Jr", "Sr", "vs", "cf"}
+
+
+def split_segments(text):
+    """Sentences, lines and list items of a text, which join to it exactly; a code fence is kept whole.
+
+    A sentence ends at . ! ? or ... before white space, at the CJK marks anywhere, quotes and brackets that
+    close included; white space goes with the next segment. No end: an initial or one of ABBREVIATIONS,
+    and an ellipsis, a closing quote or "etc." before a lower-case letter.
+    """
+    cuts, word = [0], ""
+    for m in UNIT.finditer(text):
+        if m["line"] is not None:
+            cuts.append(m.start())
+        elif m["stop"]:
+            initial = len(word) == 1 and word.isascii() and word.isalpha() and word != "I"
+            short = m["stop"] == "." and (initial or word in ABBREVIATIONS)
+            weak = m["close"] or (m["stop"] != "." and not m["stop"].strip(".…")) or word == "etc"
+            spaced = m.end() == len(text) or text[m.end()].isspace()
+            cjk = set(m["stop"]) & set("。！？")
+            if cjk or (spaced and not short and not (weak and m["next"].islower())):
+                cuts.append(m.end())
+        word = m["word"] or ""
+    parts = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True) if a < b]
+    if len(parts) > 1 and not parts[-1].strip():  # white space at the very end has no next segment
+        parts[-2:] = [parts[-2] + parts[-1]]
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Records -> token ids
 
 
 @dataclass
 class Pair:
-    """One preference pair in token ids; views into the arrays of `Pairs`."""
+    """One preference pair in token ids."""
     prompt: np.ndarray  # (P,)
     chosen: np.ndarray  # (C,), closed by end-of-text
     rejected: np.ndarray  # (R,)
@@ -374,14 +414,21 @@ class Pair:
                        rejected_scores=self.rejected_scores[:0])
 
 
-def segment_of_tokens(texts, token_lengths):
-    """The segment that holds each token's last byte, (N,); end-of-text, the N-th, joins the last segment.
+def encode_response(tokenizer, segments):
+    """Segments -> ids (N,), closed by end-of-text; the segment of each (N,); scores (S, A).
 
-    Args: texts, which join to the response; token_lengths (N - 1,), bytes.
+    The response is tokenised whole. A token belongs to the segment that holds its last byte; end-of-text
+    joins the last segment.
     """
-    ends = np.cumsum([len(text.encode()) for text in texts])  # byte after each segment
-    last_byte = np.cumsum(token_lengths) - 1
-    return np.append(np.searchsorted(ends, last_byte, side="right"), len(texts) - 1)
+    ids = tokenizer.encode("".join(text for text, _ in segments))
+    scores = np.array([scores or [] for _, scores in segments], dtype=np.float32)
+    of_token = np.zeros(len(ids) + 1, dtype=np.int32)
+    if len(segments) > 1:
+        ends = np.cumsum([len(text.encode()) for text, _ in segments])  # the byte after each segment
+        last_byte = np.cumsum([len(tokenizer.token_bytes[i]) for i in ids]) - 1
+        of_token[:-1] = np.searchsorted(ends, last_byte, side="right")
+        of_token[-1] = len(segments) - 1
+    return np.array([*ids, tokenizer.eot], dtype=np.int32), of_token, scores
 
 
 def encode_pair(tokenizer, prompt, chosen, rejected, block_size, where=""):
@@ -392,116 +439,155 @@ def encode_pair(tokenizer, prompt, chosen, rejected, block_size, where=""):
     """
     texts = ["".join(text for text, _ in side) for side in (chosen, rejected)]
     if not texts[0].strip() or not texts[1].strip():
-        raise UnusablePair("empty response")
+        raise UnusablePair("an empty response")
     if texts[0] == texts[1]:
         raise UnusablePair("identical responses")
-    ids, segments, scores = [], [], []
-    for text, side in zip(texts, (chosen, rejected), strict=True):
-        tokens = tokenizer.encode(text)
-        lengths = [len(tokenizer.token_bytes[t]) for t in tokens]
-        ids.append(np.array([*tokens, tokenizer.eot], dtype=np.int32))
-        segments.append(segment_of_tokens([t for t, _ in side], lengths).astype(np.int32))
-        scores.append(np.array([s or [] for _, s in side], dtype=np.float32).reshape(len(side), -1))
-    room = block_size - max(len(ids[0]), len(ids[1]))
+    sides = (encode_response(tokenizer, side) for side in (chosen, rejected))
+    ids, segments, scores = zip(*sides, strict=True)
+    room = block_size - max(map(len, ids))
     if room <= 0:
-        raise UnusablePair(f"response does not fit block_size {block_size}")
-    prompt_ids = np.array(tokenizer.encode(prompt) or [tokenizer.eot], dtype=np.int32)
-    return Pair(prompt_ids[-room:], *ids, *segments, *scores, where, cut=max(0, len(prompt_ids) - room))
+        raise UnusablePair(f"a response that does not fit block_size {block_size}")
+    prompt = np.array(tokenizer.encode(prompt) or [tokenizer.eot], dtype=np.int32)
+    return Pair(prompt[-room:], *ids, *segments, *scores, where, cut=max(0, len(prompt) - room))
 
 
+@dataclass
 class Pairs:
-    """Pairs in flat arrays: memory is linear in the ids, and no Python object per token or pair is kept.
+    """Pairs in flat arrays: memory is linear in the ids, and no Python object per token is kept.
 
-    A dataset in which some pair has no scores counts as unscored: n_aspects is 0.
+    A data set in which some pair has no scores counts as unscored: n_aspects is 0.
     """
+    ids: np.ndarray  # (tokens,) of all pairs: prompt, chosen, rejected
+    segments: np.ndarray  # (segments,) tokens of each segment of all pairs: chosen, rejected
+    scores: np.ndarray  # (segments, A)
+    rows: np.ndarray  # (n, 7), of a pair: its place in ids, P, C, R; its place in segments, S_w, S_l
+    where: list  # (n,) file:line
 
-    def __init__(self, pairs):
-        ids, segments, scores, rows, self.where = array("i"), array("i"), array("f"), array("q"), []
-        aspects = set()
-        for p in pairs:
-            rows.extend([len(ids), len(p.prompt), len(p.chosen), len(p.rejected), len(scores),
-                         len(p.chosen_scores), len(p.rejected_scores)])
-            ids.frombytes(np.concatenate([p.prompt, p.chosen, p.rejected], dtype=np.int32).tobytes())
-            segments.frombytes(np.concatenate([0 * p.prompt, p.chosen_segment, p.rejected_segment],
-                                              dtype=np.int32).tobytes())
-            scores.frombytes(np.concatenate([p.chosen_scores, p.rejected_scores], dtype=np.float32).tobytes())
-            aspects.add(p.chosen_scores.shape[-1])
-            self.where.append(p.where)
-        self.n_aspects = aspects.pop() if len(aspects) == 1 else 0
-        self.ids, self.segments = (np.frombuffer(x, np.int32) for x in (ids, segments))
-        self.scores = np.array(scores, dtype=np.float32)
-        self.rows = np.array(rows, dtype=np.int64).reshape(-1, 7)
+    def __post_init__(self):
         self.lengths = self.rows[:, 1:4].sum(-1)  # (n,) P + C + R
+        self.n_aspects = self.scores.shape[-1]
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
         """The i-th Pair."""
-        at, P, C, R, score_at, S_w, S_l = self.rows[i].tolist()
+        at, P, C, R, k, S_w, S_l = self.rows[i].tolist()
         prompt, chosen, rejected = np.split(self.ids[at:at + P + C + R], [P, P + C])
-        _, chosen_segment, rejected_segment = np.split(self.segments[at:at + P + C + R], [P, P + C])
-        A = self.n_aspects
-        scores = self.scores[score_at:score_at + (S_w + S_l) * A].reshape(S_w + S_l, A)
-        return Pair(prompt, chosen, rejected, chosen_segment, rejected_segment, scores[:S_w], scores[S_w:],
-                    self.where[i])
+        sizes, scores = self.segments[k:k + S_w + S_l], self.scores[k:k + S_w + S_l]
+        return Pair(prompt, chosen, rejected, np.repeat(np.arange(S_w), sizes[:S_w]),
+                    np.repeat(np.arange(S_l), sizes[S_w:]), scores[:S_w], scores[S_w:], self.where[i])
 
     def select(self, index):
         """The pairs of an index array; the ids are shared."""
-        part = copy(self)
-        part.rows, part.lengths = self.rows[index], self.lengths[index]
-        part.where = [self.where[i] for i in index]
-        return part
+        return replace(self, rows=self.rows[index], where=[self.where[i] for i in index])
 
     def score_maximum(self):
         """The largest score of each aspect, (A,); 1 where an aspect is 0 throughout."""
-        tops = [np.concatenate([p.chosen_scores, p.rejected_scores]).max(0) for p in self]
-        top = np.max(tops, axis=0)
+        top = np.max([self.scores[k:k + S_w + S_l].max(0) for k, S_w, S_l in self.rows[:, 4:]], axis=0)
         return np.where(top > 0, top, 1).astype(np.float32)
 
 
-def load(paths, tokenizer, block_size):
+def pack(pairs):
+    """An iterable of Pair -> Pairs."""
+    ids, segments, scores, rows, where, aspects = array("i"), array("i"), array("f"), array("q"), [], set()
+    for p in pairs:
+        rows.extend([len(ids), len(p.prompt), len(p.chosen), len(p.rejected),
+                     len(segments), len(p.chosen_scores), len(p.rejected_scores)])
+        for part in (p.prompt, p.chosen, p.rejected):
+            ids.frombytes(part.tobytes())
+        for segment, score in ((p.chosen_segment, p.chosen_scores), (p.rejected_segment, p.rejected_scores)):
+            segments.extend(np.bincount(segment, minlength=len(score)).tolist())
+            scores.frombytes(score.tobytes())
+        aspects.add(p.chosen_scores.shape[-1])
+        where.append(p.where)
+    if len(aspects) > 1:
+        aspects, scores = {0}, array("f")
+    return Pairs(np.array(ids), np.array(segments), np.array(scores).reshape(len(segments), *aspects),
+                 np.array(rows).reshape(-1, 7), where)
+
+
+def load(paths, tokenizer, block_size, store=None):
     """Read, check and tokenise data files -> (Pairs, lines to print).
 
-    Raises DataError that lists the first ten malformed records as `file:line: what`.
+    store: a folder that keeps the result, under a hash of all that determines it (this file, the data files
+    and their names, tokenizer, block size), for the next start. A stored file whose own bytes have changed is
+    written again. Raises DataError that lists the first ten malformed records as `file:line: what`.
     """
-    malformed, notes, ignored, aspects = [], [], Counter(), set()
+    files = list_files(paths)
+    if store is None:
+        return read_pairs(files, tokenizer, block_size)
+    store = Path(store)
+    key = [[str(f), file_hash(f)] for f in files], tokenizer.hash, block_size, file_hash(__file__)
+    name = f"pairs-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    arrays = ("ids", "segments", "scores", "rows")
+    for path in store.glob(f"{name}-*.safetensors"):  # the second half of the name is the file's own hash
+        if path.stem == f"{name}-{file_hash(path)[:16]}":
+            with safetensors.safe_open(path, "pt") as f:  # torch maps the file into memory
+                where, notes = json.loads(f.metadata()["about"])
+                return Pairs(*(f.get_tensor(x).numpy() for x in arrays), where), notes
+    pairs, notes = read_pairs(files, tokenizer, block_size)
+    aside = store / f".{name}-{os.getpid()}"
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        save_file({x: getattr(pairs, x) for x in arrays}, aside, {"about": json.dumps([pairs.where, notes])})
+        os.replace(aside, store / f"{name}-{file_hash(aside)[:16]}.safetensors")
+    except (OSError, safetensors.SafetensorError) as e:
+        if store.is_dir():
+            aside.unlink(missing_ok=True)
+        raise DataError(f"{store}: cannot keep the tokenised data there ({e})") from None
+    return pairs, notes
 
-    def read(path):
+
+def file_hash(path):
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from None
+
+
+def read_pairs(files, tokenizer, block_size):
+    """What `load` does when nothing is stored."""
+    malformed, notes, ignored, widths = [], [], Counter(), Counter()
+
+    def usable_pairs(path):
         kept, cut, forms, dropped = 0, 0, set(), {}
-        for where, record in tqdm(read_records(path), f"reading {path}", unit=" pairs", delay=2, leave=False):
+        for where, record in read_records(path):
             try:
-                if isinstance(record, DataError):
-                    raise record
                 form, *texts = parse_record(record)
                 pair = encode_pair(tokenizer, *texts, block_size, where)
-                aspects.update({pair.chosen_scores.shape[-1]} - {0})
-                if len(aspects) > 1:
-                    raise DataError(f"{aspects.pop()} scores a segment here, {aspects.pop()} elsewhere")
+                A = pair.chosen_scores.shape[-1]
+                if A and (others := widths.keys() - {0, A}):
+                    raise DataError(f"{A} scores a segment here, {others.pop()} before")
             except UnusablePair as e:
-                dropped.setdefault(str(e), []).append(where.rpartition(":")[2].strip())
+                dropped.setdefault(str(e), []).append(where.removeprefix(f"{path}:").strip())
             except DataError as e:
                 malformed.append(f"{where}: {e}")
             else:
-                ignored.update(record.keys() - {"prompt", "chosen", "rejected", "instruction", "input"})
+                ignored.update(record.keys() - KEYS)
                 forms.add(form)
+                widths[A] += 1
                 kept, cut = kept + 1, cut + (pair.cut > 0)
                 yield pair
         rules = ", ".join(f"{form} ({FORMS[form]})" for form in sorted(forms)) or "no usable pair"
-        lost = "; ".join(f"{len(lines)} {reason} ({', '.join(lines[:3])}{', ...' * (len(lines) > 3)})"
+        lost = "; ".join(f"{len(lines)} with {reason} ({', '.join(lines[:3])}{', ...' * (len(lines) > 3)})"
                          for reason, lines in dropped.items())
         notes.append(f"{path}: {rules}: {kept} pairs"
                      + f", {sum(map(len, dropped.values()))} dropped: {lost}" * bool(lost)
                      + f", {cut} prompts cut at the front to fit block_size {block_size}" * bool(cut))
 
-    pairs = Pairs(pair for path in list_files(paths) for pair in read(path))
+    pairs = pack(pair for path in files for pair in usable_pairs(path))
     if malformed:
         more = f"\n... and {len(malformed) - 10} more" * (len(malformed) > 10)
         raise DataError("\n".join(malformed[:10]) + more)
     if not len(pairs):
         raise DataError("\n".join(notes) + "\nno pair is left to train on")
+    if len(widths) > 1:
+        notes.append(f"scores are ignored: {widths[0]} of {len(pairs)} pairs have none")
     if ignored:
-        notes.append("ignored keys: " + ", ".join(f"{key} ({n} times)" for key, n in sorted(ignored.items())))
+        keys = ", ".join(f"{key!r} ({n} times)" for key, n in sorted(ignored.items()))
+        notes.append(f"ignored keys: {keys}")
     return pairs, notes
 
 
@@ -514,17 +600,19 @@ def hold_out(pairs, fraction=0.1, at_most=256):
 
     The same data give the same split, whatever their order. A data set with one prompt is split by pair.
     """
-    keys = [hashlib.sha256(p.prompt.tobytes()).digest() for p in pairs]
-    if len(set(keys)) == 1:
-        keys = [hashlib.sha256(p.chosen.tobytes() + p.rejected.tobytes()).digest() for p in pairs]
-    if len(set(keys)) == 1:
+    edges = pairs.rows[:, :4].cumsum(-1)  # in ids, of prompt, chosen, rejected, end
+    by = [hashlib.sha256(pairs.ids[a:b]).digest() for a, b in edges[:, [0, 1]]]
+    if len(set(by)) == 1:
+        by = [hashlib.sha256(pairs.ids[a:b]).digest() for a, b in edges[:, [1, 3]]]
+    if len(set(by)) == 1:
         raise DataError(f"{pairs.where[0]}: too few pairs to hold some out; pass --val_data")
-    counts, wanted, held = Counter(keys), min(fraction * len(pairs), at_most), set()
+    counts, held, n = Counter(by), set(), 0
     for key in sorted(counts)[:-1]:
-        if held and sum(counts[k] for k in held) >= wanted:
+        if held and n >= min(fraction * len(pairs), at_most):
             break
         held.add(key)
-    is_held = np.array([key in held for key in keys])
+        n += counts[key]
+    is_held = np.array([key in held for key in by])
     return pairs.select(np.flatnonzero(~is_held)), pairs.select(np.flatnonzero(is_held))
 
 
@@ -536,13 +624,14 @@ def permutation(n, seed, epoch):
 def step_indices(n, batch_size, seed, step):
     """The pairs of optimizer step 0, 1, ...: a pure function of (seed, step); an epoch is a permutation."""
     epoch, at = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-    return np.concatenate([permutation(n, seed, e)[at[epoch == e]] for e in np.unique(epoch)])
+    return np.concatenate([permutation(n, seed, e)[at[epoch == e]] for e in np.unique(epoch).tolist()])
 
 
 def micro_batches(pairs, index, size):
     """Cut the pairs of a step into micro-batches, longest first: less padding, the same gradient."""
     index = index[np.argsort(-pairs.lengths[index], kind="stable")]
     return [index[i:i + size] for i in range(0, len(index), size)]
+
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ Modules and files have Hugging Face's names: a saved folder is a GPT2LMHeadModel
 import json
 import math
 import os
-import urllib.request
+import sys
+import tempfile
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import urlopen
 
 import torch
 import torch.nn as nn
@@ -33,7 +36,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ModelError(f"{name} = {value!r}: needs a whole number of at least 1")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -46,13 +49,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, past):
+    def forward(self, x, mask, cache):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if past is not None:
-            k, v = (torch.cat(pair, dim=-2) for pair in zip(past, (k, v), strict=True))  # (B, H, P+T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)  # (B, T, C)
+        is_causal = mask is None and not cache  # one token after a cache sees all of it
+        if cache:
+            k, v = (torch.cat(pair, dim=-2) for pair in zip(cache, (k, v), strict=True))  # (B, H, P+T, D)
+        if cache is not None:
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -73,10 +79,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, past):
-        y, present = self.attn(self.ln_1(x), mask, past)
-        x = x + y
-        return x + self.mlp(self.ln_2(x)), present
+    def forward(self, x, mask, cache):
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -102,10 +107,10 @@ class GPT(nn.Module):
         """Hidden states after the final LayerNorm: tokens (B, T) -> (B, T, C).
 
         positions (B, T), by default counted on from the cache. mask (B, 1, T, P+T), bool, True where a token
-        (row) may attend to another (column), by default causal. cache: a list of each layer's keys and
-        values, `[]` at first, extended in place.
+        (row) may attend to another (column), by default causal. cache: each layer's [keys, values] of the
+        P tokens before, a list that is `[]` at first and extended in place.
         """
-        B, T = tokens.shape
+        T = tokens.shape[-1]
         P = cache[0][0].shape[-2] if cache else 0
         if positions is None:
             if P + T > self.config.block_size:
@@ -113,14 +118,11 @@ class GPT(nn.Module):
             positions = torch.arange(P, P + T, device=tokens.device)
         if mask is None and P and T > 1:
             mask = torch.ones(T, P + T, dtype=torch.bool, device=tokens.device).tril(P)
+        if cache == []:
+            cache += [[] for _ in self.h]
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
-        pasts = cache or [None] * len(self.h)
-        presents = []
-        for block, past in zip(self.h, pasts, strict=True):
-            x, present = block(x, mask, past)
-            presents.append(present)
-        if cache is not None:
-            cache[:] = presents
+        for i, block in enumerate(self.h):
+            x = block(x, mask, None if cache is None else cache[i])
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -152,9 +154,9 @@ class GPT(nn.Module):
             token = sample_token(self.logits(hidden).float(), temperature, top_k, top_p, generator)  # (B,)
             if eos is not None:
                 token = torch.where(done, eos, token)
-                done |= token == eos
+                done = token == eos
             tokens = torch.cat([tokens, token.unsqueeze(-1)], dim=-1)
-            if done.all():
+            if eos is not None and done.all():
                 break
         return tokens
 
@@ -165,57 +167,52 @@ class GPT(nn.Module):
         Weights become float32. Raises ModelError, in one line, for anything that is not a GPT-2 of this kind.
         """
         folder = download(name_or_folder) if name_or_folder in NAMES else Path(name_or_folder)
-        model = cls(read_config(folder), vocab_multiple)
-        weights = read_weights(folder)
+        config, weights = read_config(folder), read_weights(folder)
         head = weights.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, weights.get("wte.weight", head)):
+        if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
             raise ModelError(f"{folder}: its output head is not tied to the embedding; this model's is")
-        for name, p in model.named_parameters():
-            w = weights.pop(name, None)
-            shape = (model.config.vocab_size, *p.shape[1:]) if name == "wte.weight" else tuple(p.shape)
-            if w is None:
-                raise ModelError(f"{folder}: tensor {name} is missing")
-            if is_conv1d(name):
-                w = w.T
-            if tuple(w.shape) != shape:
-                raise ModelError(f"{folder}: tensor {name} is {tuple(w.shape)}, config.json says {shape}")
-            with torch.no_grad():
-                p.zero_()
-                p[:len(w)] = w
-        if weights:
-            raise ModelError(f"{folder}: tensor {sorted(weights)[0]} is not a GPT-2's ({len(weights)} such)")
+        with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
+            model = cls(config, vocab_multiple)
+        have, want = ({name: tuple(w.shape) for name, w in x.items()} for x in (weights, file_views(model)))
+        for name in sorted(have.keys() | want.keys()):
+            if have.get(name) != want.get(name):
+                raise ModelError(f"{folder}: tensor {name} is {have.get(name, 'missing')}, "
+                                 f"config.json says {want.get(name, 'no such tensor')}")
+        model.to_empty(device="cpu").wte.weight.data.zero_()  # the padding rows
+        for name, view in file_views(model).items():
+            view.copy_(weights[name])
         return model
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, for from_pretrained here and in transformers."""
+    def save_pretrained(self, folder, eos=None):
+        """Write config.json and model.safetensors, for from_pretrained here and in transformers.
+
+        eos is the end-of-text id at which other programs stop, by default the last id, as in GPT-2.
+        """
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        eos = c.vocab_size - 1 if eos is None else eos
         config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
                   "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
                   "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
                   "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-                  "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1}
+                  "bos_token_id": eos, "eos_token_id": eos}
+        weights = {"transformer." + name: p.cpu().contiguous() for name, p in file_views(self).items()}
+        part = folder / "model.safetensors.part"
+        save_file(weights, part, metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        weights = {name: p.detach().cpu() for name, p in self.named_parameters()}
-        weights["wte.weight"] = weights["wte.weight"][:c.vocab_size]
-        weights = {"transformer." + name: (w.T if is_conv1d(name) else w).contiguous()
-                   for name, w in weights.items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        part.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
+        part.replace(folder / "model.safetensors")
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """One token a row: logits (B, V) -> (B,)."""
+    """One token a row: logits (B, V) -> (B,). top_p looks at the distribution that top_k leaves."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+    logits, order = logits.sort(descending=True, stable=True)  # (B, V), most likely first
+    probs = (logits[:, :top_k] / temperature).softmax(-1)  # (B, K)
     if top_p is not None:
-        probs, order = logits.softmax(-1).sort(descending=True, stable=True)  # (B, V)
-        beyond = probs.cumsum(-1) - probs >= top_p  # what comes before already reaches p
-        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # what comes before reaches p already
+    return order.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -226,72 +223,87 @@ NAMES = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-
          "distilgpt2": "distilbert/distilgpt2"}
 
 
-def is_conv1d(name):
-    """Hugging Face's GPT-2 keeps these four matrices as Conv1D, (in, out): the transpose of nn.Linear."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+def file_views(model):
+    """The parameters as views in the layout of Hugging Face's files, named without `transformer.`.
+
+    Four matrices a block are transposed there (Conv1D is (in, out)); rows that pad the vocabulary left out.
+    """
+    views = {name: p.detach() for name, p in model.named_parameters()}
+    views["wte.weight"] = views["wte.weight"][:model.config.vocab_size]
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: w.T if name.endswith(conv1d) else w for name, w in views.items()}
 
 
 def read_config(folder):
     """config.json of a Hugging Face GPT-2 -> GPTConfig. What would change the computation is refused."""
     path = folder / "config.json"
     try:
-        c = json.loads(path.read_text())
-        positions = c["n_positions"] if "n_positions" in c else c["n_ctx"]
-        sizes = [c["vocab_size"], positions, c["n_layer"], c["n_head"], c["n_embd"]]
+        c = json.loads(path.read_bytes())
+        positions = c.get("n_positions", c.get("n_ctx"))
+        config = GPTConfig(c.get("vocab_size"), positions, c.get("n_layer"), c.get("n_head"), c.get("n_embd"))
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror}; a model folder holds config.json and model.safetensors, "
                          f"a model name is one of {', '.join(NAMES)}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise ModelError(f"{path}: not the configuration of a GPT-2 ({type(e).__name__}: {e})") from None
-    expected = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-                "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "tie_word_embeddings": (True,),
-                "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-                "n_inner": (None, 4 * c["n_embd"])}
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise ModelError(f"{path}: not the configuration of a GPT-2 ({e})") from None
+    expected = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+                "n_inner": [None, 4 * config.n_embd], "layer_norm_epsilon": [1e-5],
+                "tie_word_embeddings": [True], "scale_attn_weights": [True],
+                "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
+                "quantization_config": [None]}
     for key, allowed in expected.items():
         if key in c and c[key] not in allowed:
             raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (only {allowed[0]!r})")
-    return GPTConfig(*sizes)
+    return config
 
 
 def read_weights(folder):
-    """All tensors of a folder in float32, named without `transformer.`, attention-mask buffers left out."""
-    index, weights = folder / "model.safetensors.index.json", {}
-    try:
-        files = ["model.safetensors"]
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for file in files:
-            if Path(file).name != file:
-                raise ModelError(f"{index}: shard {file!r} points outside the folder")
-            weights.update(load_file(folder / file))
-    except OSError as e:
-        raise ModelError(f"{folder / file}: {e.strerror or 'cannot be read'}") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ModelError(f"{folder}: its weights cannot be read, perhaps truncated ({e})") from None
-    weights = {name.removeprefix("transformer."): w.float() for name, w in weights.items()}
+    """The tensors of model.safetensors, or of the shards that its index lists, named without `transformer.`.
+
+    The attention masks that old files carry along are left out.
+    """
+    names, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
+    if index.exists() and not (folder / names[0]).exists():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ModelError(f"{index}: not an index of shards ({type(e).__name__}: {e})") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index}: shard {name!r} is not in the folder")
+        try:
+            weights |= load_file(folder / name)
+        except FileNotFoundError:
+            raise ModelError(f"{folder / name}: no such file (.bin files are pickles, not read)") from None
+        except (OSError, ValueError, SafetensorError) as e:
+            raise ModelError(f"{folder / name}: cut short, or not a safetensors file ({e})") from None
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
     return {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
 
 
 def download(name):
-    """Fetch a named model once, from $HF_ENDPOINT into $HF_HOME/termwise or ~/.cache/termwise: the folder."""
-    home = os.environ.get("HF_HOME")
-    folder = (Path(home) if home else Path.home() / ".cache") / "termwise" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    for file in ("config.json", "model.safetensors"):
+    """Fetch a named model once, from $HF_ENDPOINT into $HF_HOME/termwise or ~/.cache/termwise: the folder.
+
+    A file gets its name only when its length is the announced one and it reads as what it should be.
+    """
+    folder = Path(os.environ.get("HF_HOME") or "~/.cache", "termwise", name).expanduser()
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    for file, check in (("config.json", read_config), ("model.safetensors", read_weights)):
         if (folder / file).exists():
             continue
-        url, part = f"{endpoint}/{NAMES[name]}/resolve/main/{file}", folder / (file + ".part")
-        print(f"downloading {url} to {folder}")
+        url = f"{endpoint}/{NAMES[name]}/resolve/main/{file}"
+        print(f"downloading {url} to {folder}", file=sys.stderr)
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as reply:
-                length = int(reply.headers["Content-Length"])
-            torch.hub.download_url_to_file(url, str(part))
-        except (OSError, ValueError, TypeError) as e:
-            raise ModelError(f"{url}: {e}; try again, or pass a folder with the files") from None
-        if part.stat().st_size != length:  # a cut connection looks like the end of the file
-            got = part.stat().st_size
-            part.unlink()
-            raise ModelError(f"{url}: got {got} of {length} bytes; try again, or pass a folder instead")
-        part.replace(folder / file)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as aside:  # one a process: ranks may race
+                part = Path(aside, file)
+                with urlopen(url) as reply:  # for its length; not every mirror answers HEAD
+                    length = reply.headers["Content-Length"]
+                torch.hub.download_url_to_file(url, str(part))  # a cut connection passes for the end
+                if length is not None and part.stat().st_size != int(length):
+                    raise OSError(f"got {part.stat().st_size} of {length} bytes")
+                check(Path(aside))
+                part.replace(folder / file)
+        except (OSError, ValueError, HTTPException) as e:
+            raise ModelError(f"{url}: {str(e).strip()}; try again, or pass a folder with the files") from None
     return folder

@@ -66,15 +66,15 @@ class Config:
     overwrite: bool = False  # replace the run in --out_dir
     seed: int = 0  # of initial weights, order of pairs and samples
     # optimization
-    steps: int | None = None  # optimizer steps; default 50, sft 250
+    steps: int | None = None  # optimizer steps; default 40, sft 150
     batch_size: int = 64  # pairs in an optimizer step
     micro_batch_size: int = 16  # pairs in a forward pass: changes the memory, not the gradient
-    lr: float | None = None  # AdamW's learning rate; default 5e-5, sft 1e-3: for small models from scratch
+    lr: float | None = None  # AdamW's learning rate; default 5e-5, sft 2e-3: for small models from scratch
     warmup_steps: int = 10  # of linear warm-up; constant after it, so that --steps may grow
     weight_decay: float = 0.0  # of matrices; biases and LayerNorm have none
     grad_clip: float = 1.0  # largest gradient norm; 0 = never clip
-    sft_steps: int | None = None  # steps of the SFT that makes the reference; default 250
-    sft_lr: float | None = None  # its learning rate; default 1e-3
+    sft_steps: int | None = None  # steps of the SFT that makes the reference; default 150
+    sft_lr: float | None = None  # its learning rate; default 2e-3
     # the loss
     beta: float | None = None  # 1/nats, strength of the KL constraint; default 0.1, dpop 0.3
     lam: float | None = None  # dpop: weight of the penalty; default 50
@@ -87,7 +87,7 @@ class Config:
     n_embd: int | None = None  # channels; default 128
     block_size: int | None = None  # positions: prompt + longer response; default 256, or that of --init
     # what is seen and kept
-    eval_every: int = 25  # steps between evaluations on the held-out pairs; 0 = first and last only
+    eval_every: int = 20  # steps between evaluations on the held-out pairs; 0 = first and last only
     save_every: int = 500  # steps between checkpoints; 0 = last only
     log_every: int = 5  # steps between log lines
     # the machine
@@ -100,9 +100,9 @@ class Config:
 
 
 LISTS = ("data", "val_data", "aspect_weights")
-DEFAULTS = {"beta": 0.1, "lam": 50.0, "alpha": 0.5, "steps": 50, "lr": 5e-5, "sft_steps": 250, "sft_lr": 1e-3,
+DEFAULTS = {"beta": 0.1, "lam": 50.0, "alpha": 0.5, "steps": 40, "lr": 5e-5, "sft_steps": 150, "sft_lr": 2e-3,
             "n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
-DEFAULTS_OF = {"dpop": {"beta": 0.3}, "sft": {"steps": 250, "lr": 1e-3}}
+DEFAULTS_OF = {"dpop": {"beta": 0.3}, "sft": {"steps": 150, "lr": 2e-3}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -449,8 +449,8 @@ def check_start(cfg, m):
     expected = math.log(2) * m.get("segments/paired", 1)
     tolerance = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]
     if abs(m["loss"] - expected) > tolerance or abs(m["rewards/margins"]) > tolerance:
-        raise RunError(f"the policy is the reference, yet the loss is {m['loss']:.6f}, not {expected:.6f}, or "
-                       f"the margin {m['rewards/margins']:.6f}, not 0 (to {tolerance:g}): please report this")
+        raise RunError(f"the policy is the reference, yet the loss is {m['loss']:.6f}, not {expected:.6f}, "
+                       f"or the margin {m['rewards/margins']:.6f}, not 0 (to {tolerance:g}): please report this")
     name = "mean N log 2" if "segments/paired" in m else "log 2"
     return f"loss {m['loss']:.4f} = {name}, margin {m['rewards/margins']:.4f}: the policy is the reference"
 
@@ -463,8 +463,8 @@ def health(step, m):
     if step <= 5 and m.get("rewards/accuracies", 0) == 1:
         return "accuracy 1.0 this early: does something cheap give the answer away? See tools/doctor.py"
     if chosen < -10:
-        return (f"chosen is {-chosen:.1f} nats below the reference, good answers are unlearned too: a smaller "
-                "--lr or a larger --beta slows it, dpop is made against it")
+        return (f"chosen is {-chosen:.1f} nats below the reference, good answers are unlearned too: a "
+                "smaller --lr or a larger --beta slows it, dpop is made against it")
     if rejected < chosen < 0:
         return (f"rejected falls faster; chosen is {-chosen:.1f} nats below the reference: "
                 "expected in DPO, see DPOP")
@@ -777,7 +777,7 @@ def line_of(step, m):
 
 def unhealthy_step(engine, step, rows, where, norm):
     """Why a run stopped before an update that would have destroyed it."""
-    text = f"step {step}: the gradient norm is {norm}; stopped before the update, the checkpoints are intact. "
+    text = f"step {step}: gradient norm {norm}; stopped before the update, the checkpoints are intact. "
     if engine.reference:
         ratios = [row[f"{side}_logps"] - row[f"ref_{side}_logps"]
                   for row in rows for side in ("chosen", "rejected")]
