@@ -449,8 +449,8 @@ def check_start(cfg, m):
     expected = math.log(2) * m.get("segments/paired", 1)
     tolerance = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]
     if abs(m["loss"] - expected) > tolerance or abs(m["rewards/margins"]) > tolerance:
-        raise RunError(f"the policy is the reference, yet the loss is {m['loss']:.6f}, not {expected:.6f}, "
-                       f"or the margin {m['rewards/margins']:.6f}, not 0 (to {tolerance:g}): please report this")
+        raise RunError(f"policy and reference are equal, yet the loss is {m['loss']:.6f}, not "
+                       f"{expected:.6f}, or the margin {m['rewards/margins']:.6f}, not 0: please report this")
     name = "mean N log 2" if "segments/paired" in m else "log 2"
     return f"loss {m['loss']:.4f} = {name}, margin {m['rewards/margins']:.4f}: the policy is the reference"
 
