@@ -721,7 +721,7 @@ def train(cfg, nested=False):
                 raise SystemExit(128 + signals[0])
 
         log.close()
-        policy.save_pretrained(folder)
+        policy.save_pretrained(folder, eos=tokenizer.eot)
         tokenizer.save(folder)
         runs.write_json(folder / "run.json", run | {"finished": cfg.steps})
     report(cfg, engine, tokenizer, val, before, after, nested)

@@ -1,0 +1,188 @@
+"""Answers of a policy beside its reference's: python sample.py OUT_DIR --prompt "..." [--heat]
+
+--heat shows the implicit reward beta log pi(y_t|..)/pi_ref(y_t|..) of every token of the answer: where
+training made it likelier than under the reference (green, +) or less likely (red, -).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import losses
+import runs
+from model import GPT, ModelError
+from runs import ConfigError
+
+
+def read_prompts(path):
+    """Prompts of a file, or of stdin for "-": lines of JSONL with a "prompt", else one prompt a line."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--prompts {path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
+    prompts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("{"):
+            try:
+                line = json.loads(line)["prompt"]
+                line.encode()
+            except (ValueError, KeyError, AttributeError, RecursionError):
+                raise ConfigError(f'--prompts {path}:{number}: no JSON object with a "prompt"') from None
+        prompts += [line] if line.strip() else []
+    if not prompts:
+        raise ConfigError(f"--prompts {path}: holds no prompt")
+    return prompts
+
+
+@torch.no_grad()
+def token_rewards(policy, reference, prompt, response, beta):
+    """beta log pi(y_t|x,y_<t) / pi_ref(y_t|x,y_<t) of each response token: ids (P,), (N,) -> N numbers.
+
+    They sum to the response's implicit reward, beta log pi(y|x)/pi_ref(y|x).
+    """
+    none, scores = response[:0], np.zeros((1, 0), dtype=np.float32)
+    batch = data.collate([data.Pair(prompt, response, none, 0 * response, none, scores, scores[:0])])
+    batch = batch.to(policy.wte.weight.device)
+    row, column = batch.source
+    logps = []
+    for model in (policy, reference):
+        hidden = model(batch.tokens, batch.positions, batch.mask())[row, column]  # (N, C)
+        logps.append(losses.token_logps(model.logits(hidden), batch.target))  # (N,)
+    return (beta * (logps[0] - logps[1])).tolist()
+
+
+def heat(tokenizer, ids, rewards, color):
+    """The tokens of a response, each with its reward as background colour or as a number."""
+    largest = max(map(abs, rewards)) or 1
+    parts = []
+    for i, reward in zip(ids, rewards, strict=True):
+        text = "<|endoftext|>" if i == tokenizer.eot else tokenizer.decode([i])
+        if color:
+            step = round(abs(reward) / largest * 5)  # 0 ... 5 on the 6 x 6 x 6 colour cube
+            background = 16 + (36 * step if reward < 0 else 6 * step)
+            parts.append(f"\033[48;5;{background};97m{text}\033[0m" if step else text)
+        else:
+            parts.append(f"{text}[{reward:+.3f}]")
+    return "".join(parts).strip("\n")
+
+
+def side_by_side(columns, width):
+    """[(title, text), (title, text)] in two columns, or one above the other where the terminal is narrow."""
+    if width < 60:
+        return "\n".join(f"{title}: {text}" for title, text in columns)
+    half = (width - 3) // 2
+    cells = []
+    for title, text in columns:
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, half) or [""]]
+        cells.append([title, "-" * len(title), *lines])
+    rows = max(map(len, cells))
+    left, right = (cell + [""] * (rows - len(cell)) for cell in cells)
+    return "\n".join(f"{a:{half}} | {b}".rstrip() for a, b in zip(left, right, strict=True))
+
+
+def parse_flags(argv):
+    summary = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser("sample.py", description=summary, allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("out_dir", help="the folder of a preference run, or of SFT with --ref")
+    parser.add_argument("--prompt", action="append", default=[], help="as in the data (may be repeated)")
+    parser.add_argument("--prompts", help='a file of prompts, one a line or JSONL with "prompt"; - is stdin')
+    parser.add_argument("--chat", action="store_true",
+                        help="render each prompt as a Human turn, like chat and instruction data")
+    parser.add_argument("--response", help="score this response, not a sampled one (with --heat)")
+    parser.add_argument("--heat", action="store_true", help="beta log pi/pi_ref of every token of the answer")
+    parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None,
+                        help="colours, or numbers; default: colours on a terminal")
+    parser.add_argument("--ref", help="another reference than the run's: a model folder or name")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 = the likeliest one (default 0.7)")
+    parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="sample from the fewest tokens that reach p")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same answers (default 0)")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=best, help=f"cpu or cuda (default {best})")
+    return parser.parse_args(argv)
+
+
+def sample(args):
+    """Print what the flags ask for."""
+    if args.response is not None and not args.heat:
+        raise ConfigError("--response: goes with --heat")
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {args.device}: no GPU that torch can use here; choose cpu")
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    if not prompts:
+        raise ConfigError('--prompt: say what to answer, --prompt "..." or --prompts FILE')
+    config = runs.read_run(args.out_dir)["config"]
+    ref = args.ref or config["ref"]
+    if ref is None:
+        raise ConfigError(f"{args.out_dir}: an SFT run has no reference; name one with --ref")
+    tokenizer = data.Tokenizer(args.out_dir)
+    policy, reference = (GPT.from_pretrained(name).to(args.device) for name in (args.out_dir, ref))
+    if reference.config.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(f"--ref {ref}: has {reference.config.vocab_size} token ids, the run "
+                               f"{tokenizer.vocab_size}")
+    beta = config["beta"] or 1.0  # of an SFT run: plain log-ratios
+    color = args.color if args.color is not None else sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width, block_size = shutil.get_terminal_size((100, 24)).columns, policy.config.block_size
+
+    for prompt in prompts:
+        if args.chat:
+            prompt = data.TURN["user"] + prompt + data.ASSISTANT
+        ids = np.array(tokenizer.encode(prompt) or [tokenizer.eot])
+        response = None
+        if args.response is not None:
+            response = np.array([*tokenizer.encode(args.response), tokenizer.eot])
+        room = block_size - (args.max_new_tokens if response is None else len(response))
+        if room < 1:
+            raise ConfigError(f"the answer may take all of block_size {block_size}: no room for a prompt")
+        if len(ids) > room:
+            print(f"(the prompt loses its first {len(ids) - room} tokens: block_size {block_size})")
+        ids = ids[-room:]
+        print(f"prompt: {prompt.strip()}\n")
+        if response is None:
+            answers = [generate(model, tokenizer, ids, args) for model in (reference, policy)]
+            texts = [tokenizer.decode(a[a != tokenizer.eot]).strip() for a in answers]
+            print(side_by_side([("reference", texts[0]), ("policy", texts[1])], width) + "\n")
+            response = answers[1]
+        if args.heat:
+            rewards = token_rewards(policy, reference, ids, response, beta)
+            print(f"beta log pi/pi_ref, token by token, beta {beta:g}; sum {sum(rewards):+.3f}")
+            print(heat(tokenizer, response.tolist(), rewards, color) + "\n")
+
+
+def generate(model, tokenizer, prompt, args):
+    """One sampled answer, ids (N,), end-of-text included where the model wrote it."""
+    tokens = model.generate(torch.from_numpy(prompt[None]).to(args.device), args.max_new_tokens,
+                            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                            eos=tokenizer.eot, generator=torch.Generator(args.device).manual_seed(args.seed))
+    return tokens[0, len(prompt):].cpu().numpy()
+
+
+def fail(message):
+    """Bad input: one clear line and exit status 2."""
+    print(f"sample.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(argv=None):
+    try:
+        sample(parse_flags(argv))
+    except (ConfigError, data.DataError, ModelError) as e:
+        fail(e)
+    except BrokenPipeError:  # the reader, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()
