@@ -3,6 +3,7 @@
     run.json            what the run is: config, identity (hashes of what determines its numbers), finished
     log.jsonl           one record a line, the first says how to repeat the run
     checkpoints/        step-N.safetensors (weights, AdamW's moments) and step-N.json, the last two
+    reference-*.npy     what the reference says of each response token; data/: large data, tokenised
     model.safetensors   the result, with config.json and the tokenizer: a Hugging Face folder
 
 Every file is written aside, flushed to disk and renamed: a kill at any moment leaves the last good one.

@@ -103,6 +103,7 @@ LISTS = ("data", "val_data", "aspect_weights")
 DEFAULTS = {"beta": 0.1, "lam": 50.0, "alpha": 0.5, "steps": 40, "lr": 5e-5, "sft_steps": 150, "sft_lr": 2e-3,
             "n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
 DEFAULTS_OF = {"dpop": {"beta": 0.3}, "sft": {"steps": 150, "lr": 2e-3}}
+STORE_FROM = 4_000_000  # bytes of data files from which tokenising them again would take seconds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -549,10 +550,15 @@ def load_model(flag, cfg, tokenizer):
 
 
 def load_data(cfg, tokenizer):
-    """(training pairs, held-out pairs, lines to print)."""
-    pairs, notes = data.load(cfg.data or TOY[:1], tokenizer, cfg.block_size)
+    """(training pairs, held-out pairs, lines to print). Large files are tokenised once, into OUT_DIR/data."""
+    def load(files):
+        large = sum(file.stat().st_size for file in data.list_files(files) if file.exists()) > STORE_FROM
+        store = Path(cfg.out_dir) / "data" if large else None
+        return data.load(files, tokenizer, cfg.block_size, store)
+
+    pairs, notes = load(cfg.data or TOY[:1])
     if cfg.val_data or not cfg.data:
-        val, more = data.load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size)
+        val, more = load(cfg.val_data or TOY[1:2])
         notes += more
     else:
         pairs, val = data.hold_out(pairs)
