@@ -84,9 +84,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
     Args: the four log-probabilities, (B,), nats, summed over the response; beta, 1/nats. Returns (B,).
     """
-    chosen_logratio = chosen_logps - ref_chosen_logps               # log pi(y_w|x) / pi_ref(y_w|x)
-    rejected_logratio = rejected_logps - ref_rejected_logps         # log pi(y_l|x) / pi_ref(y_l|x)
-    return -F.logsigmoid(beta * chosen_logratio - beta * rejected_logratio)
+    chosen_logratio = chosen_logps - ref_chosen_logps               # Eq. 7: log pi(y_w|x) / pi_ref(y_w|x)
+    rejected_logratio = rejected_logps - ref_rejected_logps         # Eq. 7: log pi(y_l|x) / pi_ref(y_l|x)
+    return -F.logsigmoid(beta * chosen_logratio - beta * rejected_logratio)  # Eq. 7
 
 
 def dpop_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, lam):
@@ -97,10 +97,10 @@ def dpop_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
 
     Args: the four log-probabilities, (B,), nats, summed over the response; beta, 1/nats; lam. Returns (B,).
     """
-    chosen_logratio = chosen_logps - ref_chosen_logps               # log pi(y_w|x) / pi_ref(y_w|x)
-    rejected_logratio = rejected_logps - ref_rejected_logps         # log pi(y_l|x) / pi_ref(y_l|x)
-    penalty = F.relu(ref_chosen_logps - chosen_logps)               # max(0, log pi_ref(y_w|x) / pi(y_w|x))
-    return -F.logsigmoid(beta * (chosen_logratio - rejected_logratio - lam * penalty))
+    chosen_logratio = chosen_logps - ref_chosen_logps               # Eq. 3: log pi(y_w|x) / pi_ref(y_w|x)
+    rejected_logratio = rejected_logps - ref_rejected_logps         # Eq. 3: log pi(y_l|x) / pi_ref(y_l|x)
+    penalty = F.relu(ref_chosen_logps - chosen_logps)               # Eq. 3: max(0, log pi_ref/pi of y_w)
+    return -F.logsigmoid(beta * (chosen_logratio - rejected_logratio - lam * penalty))  # Eq. 3
 
 
 def tdpo1_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -113,11 +113,11 @@ def tdpo1_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     Args: the four log-probabilities, (B,), nats, summed over the response; the two sequential KLs, (B,),
     nats, token_kl summed over the response; beta, 1/nats. Returns (B,).
     """
-    chosen_logratio = chosen_logps - ref_chosen_logps               # log pi(y_w|x) / pi_ref(y_w|x)
-    rejected_logratio = rejected_logps - ref_rejected_logps         # log pi(y_l|x) / pi_ref(y_l|x)
-    u = beta * chosen_logratio - beta * rejected_logratio
-    delta = beta * rejected_seq_kl - beta * chosen_seq_kl
-    return -F.logsigmoid(u - delta)
+    chosen_logratio = chosen_logps - ref_chosen_logps               # Thm 4.5: log pi(y_w|x) / pi_ref(y_w|x)
+    rejected_logratio = rejected_logps - ref_rejected_logps         # Thm 4.5: log pi(y_l|x) / pi_ref(y_l|x)
+    u = beta * chosen_logratio - beta * rejected_logratio           # Thm 4.5: u
+    delta = beta * rejected_seq_kl - beta * chosen_seq_kl           # Thm 4.5: delta
+    return -F.logsigmoid(u - delta)                                 # Thm 4.5: P(y_w > y_l) = sigma(u - delta)
 
 
 def tdpo2_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -131,11 +131,11 @@ def tdpo2_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     sg is the stop-gradient: the chosen KL enters as a number, only the rejected KL is pulled down.
     Args: as tdpo1_loss; alpha. Returns (B,).
     """
-    chosen_logratio = chosen_logps - ref_chosen_logps               # log pi(y_w|x) / pi_ref(y_w|x)
-    rejected_logratio = rejected_logps - ref_rejected_logps         # log pi(y_l|x) / pi_ref(y_l|x)
-    u = beta * chosen_logratio - beta * rejected_logratio
-    delta_2 = beta * rejected_seq_kl - (beta * chosen_seq_kl).detach()  # detach is sg
-    return -F.logsigmoid(u - alpha * delta_2)
+    chosen_logratio = chosen_logps - ref_chosen_logps               # Thm 4.5: log pi(y_w|x) / pi_ref(y_w|x)
+    rejected_logratio = rejected_logps - ref_rejected_logps         # Thm 4.5: log pi(y_l|x) / pi_ref(y_l|x)
+    u = beta * chosen_logratio - beta * rejected_logratio           # Thm 4.5: u
+    delta_2 = beta * rejected_seq_kl - (beta * chosen_seq_kl).detach()  # TDPO2: delta_2, detach is sg
+    return -F.logsigmoid(u - alpha * delta_2)                       # TDPO2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def segment_rewards(scores, aspect_weights):
 
     Args: scores r~ (B, S, A), each aspect in [0, 1]; aspect_weights W (A,), summing to 1. Returns (B, S).
     """
-    return (scores * aspect_weights).sum(-1)                        # (B, S)
+    return (scores * aspect_weights).sum(-1)                        # (B, S)  r_k = W r~_k
 
 
 def dpo2d_vanilla_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -165,7 +165,8 @@ def dpo2d_vanilla_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejec
     rejected_logratio = torch.where(rejected_mask, rejected_logps - ref_rejected_logps, 0.0)  # (B, S)
     r_w = torch.where(chosen_mask, chosen_rewards, 0.0)             # (B, S)
     r_l = torch.where(rejected_mask, rejected_rewards, 0.0)         # (B, S)
-    return -F.logsigmoid(beta * (r_w * chosen_logratio).sum(-1) - beta * (r_l * rejected_logratio).sum(-1))
+    return -F.logsigmoid(beta * (r_w * chosen_logratio).sum(-1)     # vanilla: sum_k r_{w,k} logratio_{w,k}
+                         - beta * (r_l * rejected_logratio).sum(-1))  # vanilla: sum_k r_{l,k} logratio_{l,k}
 
 
 def select_segments(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask):
@@ -180,7 +181,7 @@ def select_segments(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask
     worst = torch.where(rejected_mask, rejected_rewards, torch.inf).argsort(dim=-1, stable=True)
     n = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))   # (B,)
     k = torch.arange(min(best.shape[-1], worst.shape[-1]), device=n.device)  # (K,)
-    return best[:, :len(k)], worst[:, :len(k)], k < n.unsqueeze(-1)
+    return best[..., :len(k)], worst[..., :len(k)], k < n.unsqueeze(-1)
 
 
 def dpo2d_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -197,5 +198,5 @@ def dpo2d_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     rejected_logratio = torch.where(paired, (rejected_logps - ref_rejected_logps).gather(-1, i_l), 0.0)
     r_w = torch.where(paired, chosen_rewards.gather(-1, i_w), 0.0)  # (B, K)
     r_l = torch.where(paired, rejected_rewards.gather(-1, i_l), 0.0)  # (B, K)
-    loss = -F.logsigmoid(beta * r_w * chosen_logratio - beta * r_l * rejected_logratio)  # (B, K)
-    return torch.where(paired, loss, 0.0).sum(-1)
+    loss = -F.logsigmoid(beta * r_w * chosen_logratio - beta * r_l * rejected_logratio)  # (B, K)  Eq. 6
+    return torch.where(paired, loss, 0.0).sum(-1)                   # Eq. 6: sum over k < N, no 1/N

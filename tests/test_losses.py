@@ -920,12 +920,13 @@ def test_the_mask_of_each_side_hides_that_side_only():
         assert ((hidden - call("2d-vanilla", args)).abs() > 1e-4).all()
 
 
-def test_2d_vanilla_sums_over_the_last_dimension():
+def test_the_2d_losses_sum_over_the_last_dimension():
     """A single pair needs no batch dimension: arguments (S,), a loss without dimensions."""
-    args = random_args("2d-vanilla", 47, pairs=1)
-    alone = call("2d-vanilla", {n: x[0] for n, x in args.items()})
-    assert alone.shape == ()
-    close(alone, call("2d-vanilla", args)[0], 1e-13)
+    for name in ("2d", "2d-vanilla"):
+        args = random_args(name, 47, pairs=1)
+        alone = call(name, {n: x[0] for n, x in args.items()})
+        assert alone.shape == ()
+        close(alone, call(name, args)[0], 1e-13)
 
 
 def test_a_pair_without_segments_costs_nothing_in_eq_6():
