@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -20,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict, deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,8 @@ from tqdm import tqdm
 import data
 import losses
 import runs
-from model import GPT, GPTConfig, ModelError
-from runs import ConfigError
+from model import GPT, NAMES, GPTConfig, ModelError
+from runs import ConfigError, RunError
 
 HERE = Path(__file__).resolve().parent
 TOY = tuple(HERE / "toy" / name for name in ("reviews-train.jsonl", "reviews-heldout.jsonl", "toy.tiktoken"))
@@ -47,10 +49,6 @@ LOSSES = {
     "2d-dpo": losses.dpo2d_loss,
     "2d-dpo-vanilla": losses.dpo2d_vanilla_loss,
 }
-
-
-class RunError(RuntimeError):
-    """The run cannot go on; what was saved before is intact."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,15 @@ def knobs(loss):
 
 
 def check_flags(cfg):
-    """Refuse values out of range, and knobs that this run would not read."""
+    """Refuse values of a wrong type or out of range, and knobs that this run would not read."""
+    for field in dataclasses.fields(cfg):  # flags have their types; a caller or an edited run.json may not
+        value, kinds = getattr(cfg, field.name), getattr(field.type, "__args__", (field.type,))
+        also = {float: (int,), str: (Path,), tuple: ()}.get(kinds[0], ())
+        if not isinstance(value, kinds + also) or isinstance(value, bool) and bool not in kinds:
+            raise ConfigError(f"--{field.name} {value!r:.60}: must be of type {kinds[0].__name__}")
+    for name, kinds in (("data", (str, Path)), ("val_data", (str, Path)), ("aspect_weights", (int, float))):
+        if not all(isinstance(value, kinds) for value in getattr(cfg, name)):
+            raise ConfigError(f"--{name} {getattr(cfg, name)!r:.60}: must be of type {kinds[-1].__name__}")
     for name, choices in (("loss", LOSSES), ("rejected_weight", ("score", "badness")), ("dtype", DTYPES)):
         value = getattr(cfg, name)
         if value == "float16":
@@ -134,8 +140,8 @@ def check_flags(cfg):
             raise ConfigError(f"--{name} {value}: choose from {', '.join(choices)}")
     for name, low in AT_LEAST.items():
         value = getattr(cfg, name)
-        if value is not None and not low <= value < math.inf:
-            raise ConfigError(f"--{name} {value}: must be at least {low}")
+        if value is not None and not low <= value < 2**63:
+            raise ConfigError(f"--{name} {value}: must be at least {low} and below 2^63")
     for name in ("lr", "sft_lr", "beta"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
@@ -147,9 +153,13 @@ def check_flags(cfg):
         refuse_unread(cfg, "rejected_weight", f"the loss {cfg.loss} has no segments")
     if cfg.loss == "sft":
         refuse_unread(cfg, "ref", "sft has no reference")
-    if cfg.loss == "sft" or cfg.init:
+    if cfg.loss == "sft" or cfg.init and not cfg.resume:  # --resume may repeat the first command's flags
         refuse_unread(cfg, "sft_steps", "no SFT is run before this one")
         refuse_unread(cfg, "sft_lr", "no SFT is run before this one")
+    n_embd, n_layer = cfg.n_embd or 1, cfg.n_layer or 1
+    if (size := n_embd * (12 * n_layer * n_embd + (cfg.block_size or 1))) > 1e11:
+        raise ConfigError(f"--n_layer, --n_embd, --block_size: a model of {size:.0e} parameters or more; "
+                          "choose smaller ones")
     if cfg.rejected_weight == "badness" and cfg.loss != "2d-dpo-vanilla":
         raise ConfigError("--rejected_weight badness: for 2d-dpo-vanilla only; Eq. 6 selects by the same "
                           "score, so 1 - score would select the best rejected segments")
@@ -249,9 +259,9 @@ class Engine:
         self.ref_trunk = compiled(reference) if reference else None
         self.stores = {}  # split -> Store; without one the reference is live
         if self.segmented:
-            A = len(score_maximum)
-            self.aspect_weights = torch.tensor(cfg.aspect_weights or [1 / A] * A, device=cfg.device)  # (A,)
-            self.score_maximum = torch.tensor(score_maximum, device=cfg.device)  # (A,)
+            A, like = len(score_maximum), {"device": cfg.device, "dtype": policy.wte.weight.dtype}
+            self.aspect_weights = torch.tensor(cfg.aspect_weights or [1 / A] * A, **like)  # (A,)
+            self.score_maximum = torch.tensor(score_maximum, **like)  # (A,)
 
     def precision(self):
         """bfloat16 is autocast over float32 weights; float32 and float64 are the weights' own."""
@@ -356,11 +366,25 @@ class Store:
         return torch.from_numpy(values).view(self.dtype)
 
 
-def store_reference(engine, pairs, index, split, folder, ref_hash):
-    """Run the reference once over pairs[index]. What is kept are log-probabilities, or where a KL is wanted
+def first_reads(pairs, cfg):
+    """The micro-batches in which training first reads each pair. The reference is evaluated in these, so that
+    its numbers do not depend, not by a rounding, on --steps or on where the run was resumed."""
+    seen, micros = np.zeros(len(pairs), dtype=bool), []
+    for step in range(cfg.steps):
+        index = data.step_indices(len(pairs), cfg.batch_size, cfg.seed, step)
+        index = np.unique(index[~seen[index]])
+        seen[index] = True
+        micros += data.micro_batches(pairs, index, cfg.micro_batch_size)
+        if seen.all():
+            break
+    return micros
+
+
+def store_reference(engine, pairs, micros, split, folder, ref_hash):
+    """Run the reference once over these pairs. What is kept are log-probabilities, or where a KL is wanted
     the final hidden states, from which the reference's head is evaluated chunk by chunk.
     """
-    cfg = engine.cfg
+    cfg, index = engine.cfg, np.concatenate(micros)
     of_hidden = engine.needs_kl or split == "val"  # an evaluation reports the KL whatever the loss
     dtype = DTYPES[cfg.dtype] if of_hidden or cfg.dtype == "float64" else torch.float32
     n_tokens = int(pairs.rows[index, 2:4].sum())
@@ -374,16 +398,18 @@ def store_reference(engine, pairs, index, split, folder, ref_hash):
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     what = f"{'hidden states' if of_hidden else 'log-probabilities'} of {len(index)} {split} pairs"
     try:
-        stored = json.loads(note.read_text())
+        stored = runs.read_json(note, ("key", "sha256"))
         fresh = (stored["key"], stored["sha256"]) == (key, runs.file_hash(path))
         say(f"reference: {what} {'are' if fresh else 'made again: others, or damaged ones, are'} in {path}")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         fresh = False
 
     def write(part):
         np.lib.format.open_memmap(part, "w+", np.int16 if dtype == torch.bfloat16 else str(dtype)[6:], shape)
+        if hasattr(os, "posix_fallocate"):  # claims the room: on a full disk, writing to a map is a bus error
+            with open(part, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
         store = Store(part, pairs, index, dtype)
-        micros = data.micro_batches(pairs, index, cfg.micro_batch_size)
         for micro in tqdm(micros, f"reference ({split})", unit=" batches", delay=2, leave=False):
             batch = engine.collate(pairs, micro)
             hidden = engine.hidden(engine.ref_trunk, batch)
@@ -449,23 +475,49 @@ def check_start(cfg, m):
     """Where the policy is the reference, the loss is log 2 (N log 2 in Eq. 6) and every margin 0."""
     expected = math.log(2) * m.get("segments/paired", 1)
     tolerance = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]
-    if abs(m["loss"] - expected) > tolerance or abs(m["rewards/margins"]) > tolerance:
+    if not (abs(m["loss"] - expected) <= tolerance and abs(m["rewards/margins"]) <= tolerance):  # NaN too
         raise RunError(f"policy and reference are equal, yet the loss is {m['loss']:.6f}, not "
                        f"{expected:.6f}, or the margin {m['rewards/margins']:.6f}, not 0: please report this")
     name = "mean N log 2" if "segments/paired" in m else "log 2"
     return f"loss {m['loss']:.4f} = {name}, margin {m['rewards/margins']:.4f}: the policy is the reference"
 
 
+def largest_logratio(rows):
+    """Of a step: the largest |log pi/pi_ref| in nats (0 for SFT), the number of its pair, and the sum of the
+    losses."""
+    t = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}  # (B,)
+    ratios = [(t[f"{side}_logps"] - t.get(f"ref_{side}_logps", t[f"{side}_logps"])).abs()
+              for side in ("chosen", "rejected")]
+    ratio, which = torch.maximum(*ratios).max(0)  # NaN counts as the largest
+    return ratio.item(), which.item(), t["loss"].sum().item()
+
+
+def is_spike(usual, value, least=0):
+    """Is a value above `least` and five times the median of the (up to 20) before it? It joins them."""
+    spike = len(usual) >= 10 and value > max(least, 5 * sorted(usual)[len(usual) // 2])
+    usual.append(value)
+    return spike
+
+
+def alarms(step, m):
+    """{name: one line} on numbers that usually mean a mistake."""
+    chosen, found = m.get("logratio/chosen", 0.0), {}
+    if "rewards/margins" in m and step >= 50 and m["rewards/margins"] == 0:
+        found["stuck"] = "the margin is still exactly 0: nothing is learned; is --lr far too small?"
+    if step <= 5 and m.get("rewards/accuracies", 0) == 1:
+        found["early"] = ("accuracy 1.0 this early: does something cheap give the answer away? "
+                          "See tools/doctor.py")
+    if chosen < -10:
+        found["unlearned"] = (f"chosen is {-chosen:.1f} nats below the reference, good answers are unlearned "
+                              "too: a smaller --lr or a larger --beta slows it, dpop is made against it")
+    return found
+
+
 def health(step, m):
     """One line on what the numbers usually mean, or None."""
     chosen, rejected = m.get("logratio/chosen", 0.0), m.get("logratio/rejected", 0.0)
-    if "rewards/margins" in m and step >= 50 and m["rewards/margins"] == 0:
-        return "the margin is still exactly 0: nothing is learned; is --lr far too small?"
-    if step <= 5 and m.get("rewards/accuracies", 0) == 1:
-        return "accuracy 1.0 this early: does something cheap give the answer away? See tools/doctor.py"
-    if chosen < -10:
-        return (f"chosen is {-chosen:.1f} nats below the reference, good answers are unlearned too: a "
-                "smaller --lr or a larger --beta slows it, dpop is made against it")
+    for text in alarms(step, m).values():
+        return text
     if rejected < chosen < 0:
         return (f"rejected falls faster; chosen is {-chosen:.1f} nats below the reference: "
                 "expected in DPO, see DPOP")
@@ -525,6 +577,8 @@ def vocab_multiple(cfg):
 def load_tokenizer(cfg):
     """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
     files = ("vocab.json", "encoder.json", "tokenizer.json", "tokenizer.tiktoken")
+    if cfg.init and cfg.init not in NAMES and not Path(cfg.init).is_dir():
+        raise ConfigError(f"--init {cfg.init}: no such folder; choose one, or a name: {', '.join(NAMES)}")
     if not (cfg.init and any((Path(cfg.init) / file).exists() for file in files)):
         return data.Tokenizer(cfg.tokenizer or ("gpt2" if cfg.data or cfg.init else TOY[2]))
     tokenizer = data.Tokenizer(cfg.init)
@@ -546,6 +600,9 @@ def load_model(flag, cfg, tokenizer):
             raise ConfigError(f"--{key} {getattr(cfg, key)}: {name} has {getattr(c, key)}; leave it out")
     if (cfg.block_size or 0) > c.block_size:
         raise ConfigError(f"--block_size {cfg.block_size}: --{flag} {name} has {c.block_size} positions")
+    for key, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise ConfigError(f"--{flag} {name}: {key} holds NaN or infinity; choose an intact model")
     return model.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
 
 
@@ -578,7 +635,8 @@ def identity_of(cfg, pairs, val, tokenizer, init_hash, ref_hash):
     """All that determines the numbers of a run but its length: what --resume and a reused SFT compare."""
     names = ("loss", "beta", "lam", "alpha", "rejected_weight", "seed", "batch_size", "lr", "warmup_steps",
              "weight_decay", "grad_clip", "n_layer", "n_head", "n_embd", "block_size", "dtype")
-    identity = {name: getattr(cfg, name) for name in names} | {"aspect_weights": list(cfg.aspect_weights)}
+    identity = {"format": 1} | {name: getattr(cfg, name) for name in names}
+    identity["aspect_weights"] = list(cfg.aspect_weights)
     for name, part in (("data", pairs), ("val_data", val)):
         identity[name] = runs.array_hash(part.ids, part.segments, part.scores, part.rows)
     return identity | {"tokenizer": tokenizer.hash, "init": init_hash, "ref": ref_hash}
@@ -594,6 +652,8 @@ def make_reference(cfg, pairs, val, tokenizer):
     for number in range(1, 10000):
         folder = Path(cfg.out_dir).parent / ("sft" if number == 1 else f"sft-{number}")
         begun = (folder / "run.json").exists()
+        if folder.resolve() == Path(cfg.out_dir).resolve():
+            continue
         if begun:
             run = runs.read_run(folder)
             if run["identity"] != identity or run["config"]["steps"] != sft.steps:
@@ -601,18 +661,19 @@ def make_reference(cfg, pairs, val, tokenizer):
             if run["finished"]:
                 say(f"no --init: the reference is the SFT model in {folder}, made by an earlier run")
                 return str(folder)
-        elif folder.exists() and any(folder.iterdir()):
+        elif runs.files_of(folder):
             continue
         say(f"no --init: first a reference, by SFT on the chosen responses, into {folder}")
         train(dataclasses.replace(sft, out_dir=str(folder), resume=begun), nested=True)
-        say(f"now {cfg.loss}, starting from {folder}, which is also its reference")
+        say(f"now {cfg.loss}, starting from {folder}" + ", which is also its reference" * (not cfg.ref))
         return str(folder)
 
 
 def set_up(cfg, nested):
     """Check everything before anything is written; returns cfg without gaps, the Engine, the tokenizer,
     training and held-out pairs, and the run's identity."""
-    lists = {name: (x,) if isinstance(x := getattr(cfg, name), str | Path) else tuple(x) for name in LISTS}
+    lists = {name: (x,) if isinstance(x, str | Path) else tuple(x) if isinstance(x, list) else x
+             for name in LISTS for x in [getattr(cfg, name)]}
     cfg = dataclasses.replace(cfg, **lists)
     check_flags(cfg)
     cfg = fill_defaults(cfg)
@@ -620,6 +681,7 @@ def set_up(cfg, nested):
     tokenizer = load_tokenizer(cfg)
     policy = load_model("init", cfg, tokenizer) if cfg.init else None
     cfg = dataclasses.replace(cfg, block_size=cfg.block_size or policy.config.block_size)
+    reference = load_model("ref", cfg, tokenizer) if cfg.ref else None
     pairs, val, notes = load_data(cfg, tokenizer)
     if not nested:
         say("\n".join(notes))
@@ -632,14 +694,14 @@ def set_up(cfg, nested):
         sizes = GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
         policy = GPT(sizes, vocab_multiple=vocab_multiple(cfg))
         policy.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
-    c, reference = policy.config, None
+    c = policy.config
     cfg = dataclasses.replace(cfg, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     if cfg.loss != "sft":
         start = Path(cfg.init) / "run.json"
         if not cfg.ref and start.exists() and (loss := runs.read_run(cfg.init)["config"]["loss"]) != "sft":
             say(f"--init {cfg.init} is itself the result of {loss}; without --ref it is now the reference")
         cfg = dataclasses.replace(cfg, ref=cfg.ref or cfg.init)
-        reference = load_model("ref", cfg, tokenizer).requires_grad_(False)
+        reference = (reference or load_model("ref", cfg, tokenizer)).requires_grad_(False)
     init_hash = runs.weights_hash(policy) if cfg.init else None
     ref_hash = runs.weights_hash(reference) if reference else None
     engine = Engine(cfg, policy, reference, pairs.score_maximum() if pairs.n_aspects else None)
@@ -655,27 +717,31 @@ def train(cfg, nested=False):
 
     Raises ConfigError, data.DataError or ModelError for bad input, RunError where a run cannot go on.
     """
-    cfg, engine, tokenizer, pairs, val, identity = set_up(cfg, nested)
+    try:
+        cfg, engine, tokenizer, pairs, val, identity = set_up(cfg, nested)
+    except OSError as e:  # a name that is too long, a folder that may not be searched
+        raise ConfigError(f"{e.filename}: {e.strerror}") from None
     policy, folder = engine.policy, Path(cfg.out_dir)
     matrices = [p for p in policy.parameters() if p.dim() == 2]
     others = [p for p in policy.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
                                    {"params": others, "weight_decay": 0.0}], lr=cfg.lr, fused=True)
     with runs.claim(folder, identity, cfg.resume, cfg.overwrite), finish_on_signal() as signals:
-        state = runs.load_checkpoint(folder, policy, optimizer, say) if cfg.resume else None
+        state = runs.load_checkpoint(folder, policy, optimizer, identity, say) if cfg.resume else None
         start, before, after = (state["step"], state["before"], state["after"]) if state else (0, None, None)
-        if start >= cfg.steps:
+        if start >= cfg.steps and runs.read_run(folder)["finished"] == start:
             say(f"{folder}: finished at step {start}; more --steps would go on from there")
             return after
+        if start > cfg.steps:
+            raise ConfigError(f"--steps {cfg.steps}: the run is at step {start} already; choose more")
         run = {"config": dataclasses.asdict(cfg), "identity": identity, "finished": None,
                "score_maximum": pairs.score_maximum().tolist() if pairs.n_aspects else None}
         runs.write_json(folder / "run.json", run)
         log = runs.Log(folder / "log.jsonl", start, run | header(cfg, engine, pairs, val, start))
         if engine.reference:
-            read = np.unique(np.concatenate([data.step_indices(len(pairs), cfg.batch_size, cfg.seed, step)
-                                             for step in range(start, cfg.steps)]))
-            store_reference(engine, pairs, read, "train", folder, identity["ref"])
-            store_reference(engine, val, np.arange(len(val)), "val", folder, identity["ref"])
+            of_val = data.micro_batches(val, np.arange(len(val)), cfg.micro_batch_size)
+            store_reference(engine, pairs, first_reads(pairs, cfg), "train", folder, identity["ref"])
+            store_reference(engine, val, of_val, "val", folder, identity["ref"])
             if len(engine.stores) == 2:
                 engine.reference.h = engine.ref_trunk = None  # only its head is needed from here on
         rate = matmul_rate(cfg.device, torch.bfloat16 if cfg.dtype == "bfloat16" else policy.wte.weight.dtype)
@@ -685,16 +751,29 @@ def train(cfg, nested=False):
             if identity["ref"] and identity["ref"] == identity["init"]:
                 say(f"before the first step: {check_start(cfg, before)}")
 
-        clock, seen = time.perf_counter(), []
+        if start == cfg.steps:  # a kill came between the last checkpoint and the result
+            after = evaluate(engine, val)
+
+        def note(text):
+            say(f"  {text}")
+            log.write({"step": step, "note": text})
+
+        clock, seen, noted, usual = time.perf_counter(), [], set(), defaultdict(lambda: deque(maxlen=20))
         for step in tqdm(range(start + 1, cfg.steps + 1), cfg.loss, cfg.steps, initial=start, unit=" steps"):
             index = data.step_indices(len(pairs), cfg.batch_size, cfg.seed, step - 1)
             n_tokens = int(pairs.rows[index, 2].sum())  # of the chosen responses
             scale = 1 / (n_tokens if cfg.loss == "sft" else len(index))  # the one division of the whole step
-            rows = [engine.run_pairs(pairs, micro, "train", scale)
-                    for micro in data.micro_batches(pairs, index, cfg.micro_batch_size)]
+            micros = data.micro_batches(pairs, index, cfg.micro_batch_size)
+            rows = [engine.run_pairs(pairs, micro, "train", scale) for micro in micros]
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf).item()
-            if not math.isfinite(norm):
-                raise RunError(unhealthy_step(engine, step, rows, [pairs.where[i] for i in index], norm))
+            ratio, which, total = largest_logratio(rows)
+            where = [pairs.where[i] for i in np.concatenate(micros)]
+            if not math.isfinite(norm + total):
+                raise RunError(unhealthy_step(step, rows, where, norm, ratio))
+            if is_spike(usual["norm"], norm):
+                note(f"step {step}: the gradient norm jumps to {norm:.2f}")
+            if is_spike(usual["ratio"], ratio, least=10):
+                note(f"step {step}: the largest log-ratio jumps to {ratio:.1f} nats, {where[which]}")
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1, step / max(1, cfg.warmup_steps))
             optimizer.step()
@@ -703,6 +782,8 @@ def train(cfg, nested=False):
 
             if step % cfg.log_every == 0 or step in (1, cfg.steps):
                 done, seconds = pairs.rows[np.concatenate(seen)], time.perf_counter() - clock
+                if cfg.loss == "sft":
+                    done[:, 3] = 0  # the rejected responses are not read
                 m = metrics_of(engine, rows, n_tokens) | {
                     "grad_norm": norm, "lr": group["lr"], "pairs_per_s": len(done) / seconds,
                     "tokens_per_s": float(done[:, 1:4].sum() / seconds),
@@ -710,25 +791,37 @@ def train(cfg, nested=False):
                     "peak_memory": peak_memory(cfg.device)}
                 log.write({"step": step} | m)
                 say(line_of(step, m))
+                for name, text in alarms(step, m).items():
+                    if name not in noted:  # once a run: they do not pass by themselves
+                        note(text)
+                        noted.add(name)
                 clock, seen = time.perf_counter(), []
-            paused, last = time.perf_counter(), step == cfg.steps or bool(signals)
+            paused, stopped = time.perf_counter(), signals[:1]
+            last = step == cfg.steps or bool(stopped)
             if last or cfg.eval_every and step % cfg.eval_every == 0:
                 after = evaluate(engine, val)
                 log.write({"step": step} | {f"eval/{name}": value for name, value in after.items()})
+                if not math.isfinite(after["loss"]):
+                    raise RunError(f"step {step}: the held-out loss is {after['loss']} after the update; not "
+                                   "saved, the checkpoints are intact; is --lr far too large?")
                 if cfg.loss != "sft":
                     say(f"  held-out: loss {after['loss']:.4f}, accuracy {after['rewards/accuracies']:.3f}; "
                         f"{health(step, after) or 'no remark'}")
             if last or cfg.save_every and step % cfg.save_every == 0:
-                runs.save_checkpoint(folder, step, policy, optimizer, {"before": before, "after": after})
+                runs.save_checkpoint(folder, step, policy, optimizer, identity,
+                                     {"before": before, "after": after})
             clock += time.perf_counter() - paused
-            if signals and step < cfg.steps:
-                say(f"{signals[0].name}: stopped after step {step} and saved; go on with\n"
-                    f"  python train.py --resume --out_dir {shlex.quote(str(folder))}")
-                raise SystemExit(128 + signals[0])
+            if stopped and step < cfg.steps:
+                how = f"with\n  python train.py --resume --out_dir {shlex.quote(str(folder))}"
+                say(f"{stopped[0].name}: stopped after step {step} and saved; go on "
+                    + ("by the same command again" if nested else how))
+                raise SystemExit(128 + stopped[0])
 
-        log.close()
-        policy.save_pretrained(folder, eos=tokenizer.eot)
-        tokenizer.save(folder)
+        def write_result(aside):
+            policy.save_pretrained(aside, eos=tokenizer.eot)
+            tokenizer.save(aside)
+
+        runs.write_folder(folder, write_result)
         runs.write_json(folder / "run.json", run | {"finished": cfg.steps})
     report(cfg, engine, tokenizer, val, before, after, nested)
     return after
@@ -781,14 +874,13 @@ def line_of(step, m):
     return line + f"  |grad| {m['grad_norm']:.2f}  {m['pairs_per_s']:.0f} pairs/s"
 
 
-def unhealthy_step(engine, step, rows, where, norm):
-    """Why a run stopped before an update that would have destroyed it."""
-    text = f"step {step}: gradient norm {norm}; stopped before the update, the checkpoints are intact. "
-    if engine.reference:
-        ratios = [row[f"{side}_logps"] - row[f"ref_{side}_logps"]
-                  for row in rows for side in ("chosen", "rejected")]
-        text += f"Largest log-ratio: {torch.cat(ratios).abs().max():.1f} nats. "
-    return text + f"Pairs of this step: {', '.join(where[:8])}" + ", ..." * (len(where) > 8)
+def unhealthy_step(step, rows, where, norm, ratio):
+    """Why a run stopped before an update that would have destroyed it; names the pairs with a bad loss."""
+    loss = torch.cat([row["loss"] for row in rows])  # (B,)
+    bad = [place for place, ok in zip(where, loss.isfinite().tolist(), strict=True) if not ok] or where
+    return (f"step {step}: mean loss {loss.mean().item():g}, gradient norm {norm:g}; stopped before the "
+            f"update, the checkpoints are intact. Largest log-ratio: {ratio:.1f} nats. "
+            f"Pairs: {', '.join(bad[:8])}" + f" and {len(bad) - 8} more" * (len(bad) > 8))
 
 
 TABLE = {  # metric -> its name in the final table
@@ -841,10 +933,12 @@ def answer(model, tokenizer, prompt, seed):
 def accuracy_note(cfg):
     """What label noise allows, where NAME.meta.json beside the one held-out file NAME.jsonl tells."""
     files = cfg.val_data or (() if cfg.data else TOY[1:2])
-    meta = Path(str(files[0]).removesuffix(".gz")).with_suffix(".meta.json") if len(files) == 1 else None
-    if not (meta and meta.exists()):
+    try:
+        meta = Path(str(*files).removesuffix(".gz")).with_suffix(".meta.json")
+        ceiling = runs.read_json(meta, ["accuracy_ceiling"])["accuracy_ceiling"]
+        return f"   ceiling {ceiling:.4f}, the labels are noisy"
+    except (OSError, ValueError, TypeError):
         return ""
-    return f"   ceiling {json.loads(meta.read_text())['accuracy_ceiling']:.4f}, the labels are noisy"
 
 
 def main(argv=None):
@@ -854,7 +948,16 @@ def main(argv=None):
         fail(e)
     except RunError as e:
         sys.exit(f"train.py: {e}")
+    except OSError as e:  # of standard output, or of a disk that fails while it is read
+        sys.exit(f"train.py: {e}; what was saved before is intact")
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        sys.exit(f"train.py: out of memory ({str(e).split('.')[0]}); a smaller --micro_batch_size or "
+                 "--head_tokens needs less, and changes no result")
+    except KeyboardInterrupt:  # before the first step, or a second one
+        print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     main()
