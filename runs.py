@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import ranks
+
 
 class ConfigError(ValueError):
     """A flag or folder that cannot be served: the message names it and says what to do."""
@@ -42,9 +44,14 @@ def writing(path):
                        "--resume goes on from there") from None
 
 
+def part_of(path):
+    return path.with_name(path.name + ".part")
+
+
+@ranks.only_main
 def write_atomically(path, write):
     """Call write(temporary path), flush what it wrote to disk, and rename."""
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     with writing(path):
         try:
             write(part)
@@ -61,6 +68,7 @@ def write_atomically(path, write):
             os.close(folder)
 
 
+@ranks.only_main
 def write_folder(folder, write):
     """Call write(an empty folder aside), then move the files that it wrote into place, one by one."""
     aside = folder / "result.part"
@@ -151,6 +159,7 @@ def check_free(folder, models, resume, overwrite):
                           "choose another folder")
 
 
+@ranks.only_main
 def claim(folder, identity, resume, overwrite):
     """Make the folder, lock it against a second writer (as long as the returned file is open), and compare
     what the run is with what it was."""
@@ -196,6 +205,7 @@ def remove_run(folder):
 class Log:
     """log.jsonl: what was logged after the step from which a run goes on is dropped."""
 
+    @ranks.only_main
     def __init__(self, path, step, header):
         kept = []
         for line in path.read_bytes().splitlines(True) if path.exists() and step else []:
@@ -209,6 +219,7 @@ class Log:
         self.path = path
         self.write(header)
 
+    @ranks.only_main
     def write(self, record):
         line = json.dumps(record).encode() + b"\n"
         with writing(self.path), open(self.path, "ab", buffering=0) as f:
@@ -229,7 +240,9 @@ def save_checkpoint(folder, step, model, optimizer, identity, state):
     folder, tensors = folder / "checkpoints", {}
     for name, p in model.named_parameters():
         values = {"model": p.detach()} | optimizer.state[p]
-        tensors |= {f"{key}.{name}": value.contiguous() for key, value in values.items()}
+        tensors |= {f"{key}.{name}": ranks.whole(value).contiguous() for key, value in values.items()}
+    if ranks.rank():
+        return
     weights = folder / f"step-{step:07}.safetensors"
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -253,8 +266,8 @@ def load_checkpoint(folder, model, optimizer, identity, say):
             continue
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.copy_(tensors[f"model.{name}"])
-                optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in MOMENTS}
+                p.copy_(ranks.like(p, tensors[f"model.{name}"]))
+                optimizer.state[p] = {key: ranks.like(p, tensors[f"{key}.{name}"]) for key in MOMENTS}
         optimizer.load_state_dict(optimizer.state_dict())  # moves the moments to where their weights are
         return state
     if paths:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import data
 import losses
+import ranks
 import runs
 from model import GPT, NAMES, GPTConfig, ModelError
 from runs import ConfigError, RunError
@@ -170,6 +171,12 @@ def check_flags(cfg):
         raise ConfigError(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
     if cfg.device and cfg.device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"--device {cfg.device}: no GPU that torch can use here; choose cpu")
+    n, gpus = ranks.world(), torch.cuda.device_count()
+    if n > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise ConfigError("torchrun --nnodes: the ranks of a run must be on one machine; leave it out")
+    if n > 1 and gpus and cfg.device != "cpu" and (n > gpus or cfg.device not in (None, "cuda")):
+        raise ConfigError(f"--device {cfg.device or 'cuda'}: each of {n} ranks takes one of {gpus} GPUs; "
+                          f"choose cuda and torchrun --nproc_per_node {gpus} at most, or cpu")
     if cfg.resume and (cfg.overwrite or not cfg.out_dir):
         raise ConfigError("--resume: goes with --out_dir FOLDER and without --overwrite")
 
@@ -226,6 +233,7 @@ def parse_flags(argv):
 
 def fail(message):
     """Bad input: one clear line (or the lines of a file that are wrong) and exit status 2."""
+    ranks.yield_to_main()
     print(f"train.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -405,12 +413,15 @@ def store_reference(engine, pairs, micros, split, folder, ref_hash):
         fresh = False
 
     def write(part):
-        np.lib.format.open_memmap(part, "w+", np.int16 if dtype == torch.bfloat16 else str(dtype)[6:], shape)
-        if hasattr(os, "posix_fallocate"):  # claims the room: on a full disk, writing to a map is a bus error
-            with open(part, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
-        store = Store(part, pairs, index, dtype)
-        for micro in tqdm(micros, f"reference ({split})", unit=" batches", delay=2, leave=False):
+        if not ranks.rank():
+            kind = np.int16 if dtype == torch.bfloat16 else str(dtype)[6:]
+            np.lib.format.open_memmap(part, "w+", kind, shape)
+            if hasattr(os, "posix_fallocate"):  # claims the room: a full disk under a map is a bus error
+                with open(part, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
+        ranks.wait()
+        store, share = Store(part, pairs, index, dtype), micros[ranks.rank()::ranks.world()]
+        for micro in bar(share, f"reference ({split})", unit=" batches", delay=2, leave=False):
             batch = engine.collate(pairs, micro)
             hidden = engine.hidden(engine.ref_trunk, batch)
             for first, end in batch.chunks(cfg.head_tokens):
@@ -426,10 +437,14 @@ def store_reference(engine, pairs, micros, split, folder, ref_hash):
                     store.values[store.first[i]:store.end[i]] = values[at:at + count]
                     at += count
         store.values.flush()
+        ranks.wait()
 
     if not fresh:
         with torch.no_grad():
+            if ranks.rank():
+                write(runs.part_of(path))  # into the same file
             runs.write_atomically(path, write)
+        ranks.wait()
         runs.write_json(note, {"key": key, "sha256": runs.file_hash(path)})
         say(f"reference: {what} stored, {n_tokens} tokens, {size * 1e3:.1f} MB")
     engine.stores[split] = Store(path, pairs, index, dtype)
@@ -467,7 +482,9 @@ def metrics_of(engine, rows, n_tokens):
 @torch.no_grad()
 def evaluate(engine, pairs):
     micros = data.micro_batches(pairs, np.arange(len(pairs)), engine.cfg.micro_batch_size)
-    rows = [engine.run_pairs(pairs, index, "val") for index in micros]
+    rows = ranks.gather([engine.run_pairs(pairs, micro, "val")
+                         for micro, _ in ranks.share(micros, engine.policy)], len(pairs))
+    ranks.reshard(engine.policy)
     return metrics_of(engine, rows, int(pairs.rows[:, 2].sum()))
 
 
@@ -566,8 +583,13 @@ def peak_memory(device):
 # What a run is made of
 
 
+@ranks.only_main
 def say(text):
     tqdm.write(text)
+
+
+def bar(items, name, *sizes, **options):
+    return tqdm(items, name, *sizes, **options, disable=ranks.rank() > 0)
 
 
 def vocab_multiple(cfg):
@@ -678,6 +700,7 @@ def set_up(cfg, nested):
     check_flags(cfg)
     cfg = fill_defaults(cfg)
     runs.check_free(Path(cfg.out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
+    ranks.start(cfg.device)  # all have seen the folders before one writes
     tokenizer = load_tokenizer(cfg)
     policy = load_model("init", cfg, tokenizer) if cfg.init else None
     cfg = dataclasses.replace(cfg, block_size=cfg.block_size or policy.config.block_size)
@@ -704,6 +727,7 @@ def set_up(cfg, nested):
         reference = (reference or load_model("ref", cfg, tokenizer)).requires_grad_(False)
     init_hash = runs.weights_hash(policy) if cfg.init else None
     ref_hash = runs.weights_hash(reference) if reference else None
+    ranks.shard(policy)
     engine = Engine(cfg, policy, reference, pairs.score_maximum() if pairs.n_aspects else None)
     return cfg, engine, tokenizer, pairs, val, identity_of(cfg, pairs, val, tokenizer, init_hash, ref_hash)
 
@@ -726,7 +750,8 @@ def train(cfg, nested=False):
     others = [p for p in policy.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
                                    {"params": others, "weight_decay": 0.0}], lr=cfg.lr, fused=True)
-    with runs.claim(folder, identity, cfg.resume, cfg.overwrite), finish_on_signal() as signals:
+    lock = runs.claim(folder, identity, cfg.resume, cfg.overwrite) or nullcontext()  # rank 0 has it
+    with lock, finish_on_signal() as signals:
         state = runs.load_checkpoint(folder, policy, optimizer, identity, say) if cfg.resume else None
         start, before, after = (state["step"], state["before"], state["after"]) if state else (0, None, None)
         if start >= cfg.steps and runs.read_run(folder)["finished"] == start:
@@ -744,7 +769,10 @@ def train(cfg, nested=False):
             store_reference(engine, val, of_val, "val", folder, identity["ref"])
             if len(engine.stores) == 2:
                 engine.reference.h = engine.ref_trunk = None  # only its head is needed from here on
+            else:
+                ranks.shard(engine.reference)
         rate = matmul_rate(cfg.device, torch.bfloat16 if cfg.dtype == "bfloat16" else policy.wte.weight.dtype)
+        rate *= ranks.world()
         if not state:
             before = evaluate(engine, val)
             log.write({"step": 0} | {f"eval/{name}": value for name, value in before.items()})
@@ -759,13 +787,15 @@ def train(cfg, nested=False):
             log.write({"step": step, "note": text})
 
         clock, seen, noted, usual = time.perf_counter(), [], set(), defaultdict(lambda: deque(maxlen=20))
-        for step in tqdm(range(start + 1, cfg.steps + 1), cfg.loss, cfg.steps, initial=start, unit=" steps"):
+        for step in bar(range(start + 1, cfg.steps + 1), cfg.loss, cfg.steps, initial=start, unit=" steps"):
             index = data.step_indices(len(pairs), cfg.batch_size, cfg.seed, step - 1)
             n_tokens = int(pairs.rows[index, 2].sum())  # of the chosen responses
             scale = 1 / (n_tokens if cfg.loss == "sft" else len(index))  # the one division of the whole step
             micros = data.micro_batches(pairs, index, cfg.micro_batch_size)
-            rows = [engine.run_pairs(pairs, micro, "train", scale) for micro in micros]
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf).item()
+            rows = ranks.gather([engine.run_pairs(pairs, micro, "train", scale * weight)
+                                 for micro, weight in ranks.share(micros, policy)], len(index))
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
+            norm = ranks.whole(norm).item()
             ratio, which, total = largest_logratio(rows)
             where = [pairs.where[i] for i in np.concatenate(micros)]
             if not math.isfinite(norm + total):
@@ -796,7 +826,7 @@ def train(cfg, nested=False):
                         note(text)
                         noted.add(name)
                 clock, seen = time.perf_counter(), []
-            paused, stopped = time.perf_counter(), signals[:1]
+            paused, stopped = time.perf_counter(), ranks.agree(signals)
             last = step == cfg.steps or bool(stopped)
             if last or cfg.eval_every and step % cfg.eval_every == 0:
                 after = evaluate(engine, val)
@@ -821,9 +851,11 @@ def train(cfg, nested=False):
             policy.save_pretrained(aside, eos=tokenizer.eot)
             tokenizer.save(aside)
 
+        ranks.unshard(policy)
         runs.write_folder(folder, write_result)
         runs.write_json(folder / "run.json", run | {"finished": cfg.steps})
     report(cfg, engine, tokenizer, val, before, after, nested)
+    ranks.wait()
     return after
 
 
@@ -858,7 +890,7 @@ def device_name(device):
 def header(cfg, engine, pairs, val, start):
     """The rest of what is needed to repeat the run: the first record of log.jsonl."""
     parameters = sum(p.numel() for p in engine.policy.parameters())
-    device = device_name(cfg.device)
+    device = f"{ranks.world()} ranks, " * (ranks.world() > 1) + device_name(cfg.device)
     say(f"{cfg.loss}: {parameters:,} parameters, {len(pairs)} pairs, {cfg.steps} steps of {cfg.batch_size}, "
         f"{device}, {cfg.dtype}" + f", going on after step {start}" * bool(start))
     return {"resumed_at": start, "parameters": parameters, "pairs": len(pairs), "held_out": len(val),
@@ -894,6 +926,7 @@ TABLE = {  # metric -> its name in the final table
 }
 
 
+@ranks.only_main
 def report(cfg, engine, tokenizer, val, before, after, nested):
     """The table over held-out pairs, two answers side by side, and what to type next."""
     say(f"\n{f'{len(val)} held-out pairs':36}{'before':>10}{'after':>10}")
@@ -944,17 +977,26 @@ def accuracy_note(cfg):
 def main(argv=None):
     try:
         train(parse_flags(argv))
+        ranks.stop()
     except (ConfigError, data.DataError, ModelError) as e:
         fail(e)
     except RunError as e:
+        ranks.yield_to_main()
         sys.exit(f"train.py: {e}")
     except OSError as e:  # of standard output, or of a disk that fails while it is read
         sys.exit(f"train.py: {e}; what was saved before is intact")
     except (MemoryError, torch.OutOfMemoryError) as e:
         sys.exit(f"train.py: out of memory ({str(e).split('.')[0]}); a smaller --micro_batch_size or "
                  "--head_tokens needs less, and changes no result")
+    except RuntimeError as e:
+        if not ranks.is_lost(e):
+            raise
+        ranks.yield_to_main()
+        sys.exit(f"train.py: rank {ranks.rank()}: another rank has ended, or hangs; the checkpoints are "
+                 f"intact, --resume goes on with any number of ranks ({str(e).splitlines()[0]:.160})")
     except KeyboardInterrupt:  # before the first step, or a second one
-        print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        if not ranks.rank():
+            print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

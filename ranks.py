@@ -1,0 +1,155 @@
+"""The processes of `torchrun --nproc_per_node=N train.py`: one rank a device; imports nothing of ours.
+
+Every rank holds a shard of policy, optimizer and live reference (fully_shard: FSDP2) and takes a share of
+each step's pairs. Sums are over all ranks, so the numbers are those of one process; rank 0 alone prints and
+writes. Without torchrun there is one rank, no process group and no wrapper: nothing here does anything.
+
+Gradients are reduced once a step, in the trunk's last backward. The tied head runs outside forward, and each
+chunk has its own backward: the root's weights (embeddings, last LayerNorm) stay whole from a forward to the
+end of its backward, so that chunks need no communication and add to the gradient that the trunk reduces.
+"""
+
+import functools
+import math
+import os
+import signal
+import time
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def rank():
+    return int(os.environ["RANK"]) if world() > 1 else 0
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def only_main(function):
+    """On rank 0 the function itself; on the others it does nothing and returns None."""
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        return None if rank() else function(*args, **kwargs)
+    return guarded
+
+
+def start(device):
+    """Join the other ranks, and wait for all of them. A dead rank ends the run at once (its connections
+    close, torchrun ends the others), one that hangs after half an hour."""
+    if world() == 1:
+        return
+    if not dist.is_initialized():
+        gpu = None if device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if gpu:
+            torch.cuda.set_device(gpu)  # what "cuda" means from here on
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30), device_id=gpu)
+    dist.barrier()
+
+
+def wait():
+    if world() > 1:
+        dist.barrier()
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def yield_to_main(seconds=5):
+    """A rank that fails like rank 0, or because of it, leaves the message to rank 0, whose end is its own."""
+    if rank():
+        time.sleep(seconds)
+
+
+def shard(model):
+    """Shard the weights in place; the head's stay whole where no backward will ask for them again."""
+    if world() > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        trained = any(p.requires_grad for p in model.parameters())
+        mesh = init_device_mesh(model.wte.weight.device.type, (world(),))
+        for module in (*model.h, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
+            module.set_gradient_divide_factor(1.0)  # a sum over ranks, not a mean
+            module.set_force_sum_reduction_for_comms(True)  # without a division: gloo and NCCL know this one
+        if not trained:
+            model.unshard()
+
+
+def reshard(model):
+    """Give the whole weights that an evaluation leaves behind back: parameters() are the shards again."""
+    if world() > 1:
+        model.reshard()
+
+
+def unshard(model):
+    """Make all weights whole, on every rank, for good."""
+    if world() > 1:
+        model.set_reshard_after_forward(False)
+        for module in (model, *model.h):
+            module.unshard()
+
+
+def share(micros, model):
+    """The micro-batches of a step -> (micro-batch, weight) of this rank, the same number on every rank.
+
+    Each rank takes every world-th pair, longest first. A short share ends with a stand-in of weight 0, which
+    takes part in the communication. Gradients are reduced in the last backward.
+    """
+    if world() == 1:
+        yield from ((micro, 1) for micro in micros)
+        return
+    order, size = np.concatenate(micros), len(micros[0])
+    own = order[rank()::world()]
+    count = math.ceil(math.ceil(len(order) / world()) / size)
+    for i in range(count):
+        model.set_requires_gradient_sync(i == count - 1)
+        micro = own[i * size:(i + 1) * size]
+        yield (micro, 1) if len(micro) else (order[-1:], 0)
+
+
+def gather(rows, n):
+    """{name: (pairs,)} of this rank's micro-batches -> of all n pairs, in the order of the step."""
+    if world() == 1:
+        return rows
+    own = torch.stack([torch.cat([row[name] for row in rows]).double() for name in rows[0]])  # (names, pairs)
+    width = math.ceil(n / world())
+    own = F.pad(own, (0, width - own.shape[1]))
+    parts = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(parts, own)
+    values = torch.stack(parts, -1).flatten(1)[:, :n]  # back from every world-th; stand-ins are beyond n
+    return [dict(zip(rows[0], values, strict=True))]
+
+
+def agree(signals):
+    """Signals that arrived here -> those on which all ranks act, in the same step."""
+    if world() == 1:
+        return signals[:1]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor(signals[0] if signals else 0, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return [signal.Signals(number.item())] if number else []
+
+
+def whole(tensor):
+    """A sharded tensor in one piece, on every rank."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(p, tensor):
+    """A tensor of p's shape, sharded as p is."""
+    if hasattr(p, "full_tensor") and tensor.shape == p.shape:
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return tensor
+
+
+def is_lost(error):
+    """Is this the end of a connection to another rank, or a wait that took too long?"""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
