@@ -42,7 +42,7 @@ FLAGS = ("--loss dpo --data d.jsonl --out_dir dpo --tokenizer bytes --n_layer 1 
          "--block_size 64 --batch_size 6 --micro_batch_size 3 --log_every 1 --eval_every 2 --save_every 1 "
          "--lr 1e-3")
 SHORT_RUN = f"{FLAGS} --sft_steps 2 --steps 3".split()
-LONG_RUN = f"{FLAGS} --sft_steps 30 --steps 60".split()
+LONG_RUN = f"{FLAGS} --sft_steps 30 --steps 150".split()
 TIMING = {"pairs_per_s", "tokens_per_s", "mfu", "peak_memory"}
 
 
@@ -223,12 +223,12 @@ def check_message(folder, status, what):
         raise Wrong(f"{what}: the last line does not say why: {last}")
 
 
-def random_kills(base, good, flags, seconds, at_most, chance):
+def random_kills(base, good, flags, longest, at_most, chance):
     """kill -9 after random times, until the run ends or was killed so often -> how often."""
     folder, kills = new_folder(base), 0
     while kills < at_most:
         pid = start(folder, flags)
-        time.sleep(chance.uniform(0.02, 0.5 * seconds))
+        time.sleep(chance.uniform(0.02, longest))
         os.kill(pid, signal.SIGKILL)
         status = wait(pid)
         if status == 0:
@@ -326,9 +326,9 @@ def main():
         flags = SHORT_RUN if few else LONG_RUN
         if wait(start(slow, flags)):
             sys.exit(f"the uninterrupted run failed:\n{output_of(slow)}")
-        seconds = time.perf_counter() - clock
+        longest = (time.perf_counter() - clock) * (0.5 if few else 0.15)
         rounds, at_most = (1, 4) if few else (options.rounds, 20)
-        kills = [random_kills(base, slow, flags, seconds, at_most, chance) for _ in range(rounds)]
+        kills = [random_kills(base, slow, flags, longest, at_most, chance) for _ in range(rounds)]
         print(f"{sum(kills)} kills at random moments ({' + '.join(map(str, kills))}): the same bytes")
     except Wrong as e:
         sys.exit(f"kill.py: {e}")

@@ -373,6 +373,9 @@ def test_a_stored_reference_gives_what_the_live_one_gives_to_rounding(
     again = engine.run_pairs(pairs, micro, "train")
     assert all(torch.equal(again[name], exact[name]) for name in exact if name in again)
     assert train.evaluate(engine, pairs) == live
+    size = {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]  # log-probabilities are never bfloat16
+    assert np.load(tmp_path / "reference-val.npy").itemsize == size
+    assert np.load(tmp_path / "reference-train.npy").itemsize == (size if loss == "tdpo2" else max(4, size))
 
 
 def test_a_stale_store_is_noticed_and_made_again(tmp_path, capsys):
