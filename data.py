@@ -658,7 +658,7 @@ class Batch:
         return len(self.tokens)
 
     def to(self, device):
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)[:-1]}
+        moved = {f.name: move(getattr(self, f.name), device) for f in fields(self)[:-1]}
         return Batch(**moved, starts=self.starts)
 
     def mask(self):
@@ -677,6 +677,11 @@ class Batch:
                 end += 1
             yield first, end
             first = end
+
+
+def move(tensor, device):
+    """To a device; from pinned memory, so that a copy to a GPU runs beside its kernels."""
+    return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(pairs, multiple=1):
