@@ -62,6 +62,8 @@ MESSAGE = st.fixed_dictionaries({}, optional={
 HH = st.builds("\n\nHuman: {}\n\nAssistant: {}".format, TEXT, TEXT)
 VALUE = st.one_of(TEXT, HH, LONE, st.lists(SEGMENT, max_size=4), st.lists(MESSAGE, max_size=4), JSON)
 RECORD = st.fixed_dictionaries({}, optional={key: VALUE for key in (*sorted(data.KEYS), "other")})
+WELL_FORMED = st.fixed_dictionaries({"prompt": TEXT, "chosen": st.builds("a{}".format, TEXT),
+                                     "rejected": st.builds("b{}".format, TEXT)})
 CUT = st.tuples(st.integers(0, 10**6), st.binary(max_size=4))  # where bytes are replaced; b"" cuts there
 
 
@@ -100,7 +102,7 @@ def test_any_records_are_read_or_refused_with_data_errors(folder):
                 assert len(ids) == len(segment) and segment.max() < len(scores) and (scores >= 0).all()
         data.collate([pairs[i] for i in range(len(pairs))])
 
-    fuzz(check, st.lists(st.one_of(RECORD, RECORD, JSON), min_size=1, max_size=4),
+    fuzz(check, st.lists(st.one_of(RECORD, WELL_FORMED, JSON), min_size=1, max_size=4),
          st.sampled_from([".jsonl", ".jsonl.gz", ".json"]), st.sampled_from([8, 64, 1000]), share=0.4)
     assert read  # not everything is refused
 

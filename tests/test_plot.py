@@ -1,0 +1,94 @@
+"""tools/plot.py: a PNG from runs' logs; bad input is one line and exit status 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import plot
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_log(folder, steps=(1, 5, 10), loss="dpo"):
+    """A log of the form that train.py writes: a header, records of steps, records of evaluations."""
+    folder.mkdir()
+    records = [{"config": {"loss": loss}, "held_out": 8}]
+    for step in (0, *steps):
+        names = ["loss"]
+        if loss != "sft":
+            names += ["rewards/accuracies", "rewards/margins", "logratio/chosen", "logratio/rejected",
+                      "kl/ref_policy_chosen", "kl/ref_policy_rejected"]
+        records.append({"step": step} | {f"eval/{name}": 0.1 * step for name in names})
+        if step:
+            records.append({"step": step, "grad_norm": 1.0} | {name: 0.2 * step for name in names[:5]})
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_one_run(tmp_path, capsys):
+    folder = write_log(tmp_path / "dpo")
+    plot.main([str(folder)])
+    assert capsys.readouterr().out.strip() == str(folder / "runs.png")
+    assert is_png(folder / "runs.png")
+
+
+def test_several_runs_in_one_figure(tmp_path):
+    """Runs of other losses, of equal folder names, and with a single step go together."""
+    folders = [write_log(tmp_path / "dpo"), write_log(tmp_path / "sft", loss="sft"),
+               write_log(tmp_path / "one", steps=(1,))]
+    (tmp_path / "b").mkdir()
+    folders.append(write_log(tmp_path / "b" / "dpo"))
+    plot.main([*map(str, folders), "--to", str(tmp_path / "x.png")])
+    assert is_png(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("content, said", [
+    (None, "No such file"),
+    ("", "no step in it yet"),
+    ('{"config": {}}\n', "no step in it yet"),
+    ('{"config": {}}\n{"step": 1, "loss": 0.6}\n{"step": 2, "lo', "log.jsonl:3: not JSON"),
+    ("[1, 2]\n", "log.jsonl:1: not a record"),
+    ('{"step": 1, "loss": "high"}\n', "log.jsonl:1: a value is not a number"),
+    (b"\xff\xfe\x00", "not a text file")])
+def test_bad_logs_are_one_line_and_status_2(tmp_path, capsys, content, said):
+    if content is not None:
+        (tmp_path / "log.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said in error and error.startswith("plot.py: error: ") and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "required"), (["--lodd"], "unrecognized"), (["--to", "x.pdf"], "name a .png file"),
+    (["--to", "no/such/folder/x.png"], "No such file")])
+def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, said):
+    folders = [str(write_log(tmp_path / "dpo"))] if flags else []
+    with pytest.raises(SystemExit) as stop:
+        plot.main(folders + flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_of_train_py_is_drawn(tmp_path):
+    """The log that train.py really writes has all that the panels read."""
+    flags = ["--steps", "2", "--sft_steps", "2", "--n_embd", "16", "--batch_size", "4",
+             "--out_dir", str(tmp_path / "dpo")]
+    subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True, capture_output=True, cwd=tmp_path)
+    records = plot.read_log(tmp_path / "dpo")
+    logged = set().union(*records)
+    for _, _, metrics in plot.PANELS:
+        assert all(metric in logged or "eval/" + metric in logged for metric in metrics)
+    plot.main([str(tmp_path / "dpo"), str(tmp_path / "sft")])
+    assert is_png(tmp_path / "dpo" / "runs.png")
