@@ -148,7 +148,7 @@ class Profiled(train.Engine):
 
 
 def ours(o, pairs, loaded):
-    train.use_huge_pages()
+    train.tune_allocator()
     cfg = train.fill_defaults(train.Config(
         loss=o.loss, device=o.device, dtype=o.dtype, compile=o.compile, head_tokens=o.head_tokens,
         batch_size=o.pairs, micro_batch_size=o.micro or o.pairs, ref_cache=not o.live, out_dir=o.folder))
