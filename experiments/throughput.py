@@ -155,7 +155,8 @@ def ours(o, pairs, loaded):
     policy, reference = load(o), load(o).requires_grad_(False)
     engine = (Profiled if o.profile else train.Engine)(cfg, policy, reference)
     loaded(0 if o.live else sum(p.numel() * p.element_size() for p in reference.h.parameters()))
-    train.store_reference(engine, pairs, np.arange(len(pairs)), "train", Path(o.folder), "throughput")
+    micros = data.micro_batches(pairs, np.arange(len(pairs)), cfg.micro_batch_size)
+    train.store_reference(engine, pairs, micros, "train", Path(o.folder), "throughput")
     if engine.stores:
         reference.h = engine.ref_trunk = None  # as train.py does
     optimizer = adamw(policy)
