@@ -148,14 +148,15 @@ class Profiled(train.Engine):
 
 
 def ours(o, pairs, loaded):
-    train.use_huge_pages()
+    train.tune_allocator()
     cfg = train.fill_defaults(train.Config(
         loss=o.loss, device=o.device, dtype=o.dtype, compile=o.compile, head_tokens=o.head_tokens,
         batch_size=o.pairs, micro_batch_size=o.micro or o.pairs, ref_cache=not o.live, out_dir=o.folder))
     policy, reference = load(o), load(o).requires_grad_(False)
     engine = (Profiled if o.profile else train.Engine)(cfg, policy, reference)
     loaded(0 if o.live else sum(p.numel() * p.element_size() for p in reference.h.parameters()))
-    train.store_reference(engine, pairs, np.arange(len(pairs)), "train", Path(o.folder), "throughput")
+    micros = data.micro_batches(pairs, np.arange(len(pairs)), cfg.micro_batch_size)
+    train.store_reference(engine, pairs, micros, "train", Path(o.folder), "throughput")
     if engine.stores:
         reference.h = engine.ref_trunk = None  # as train.py does
     optimizer = adamw(policy)

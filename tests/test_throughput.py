@@ -43,7 +43,7 @@ def step(tmp_path, loss, dtype="float64", compiled=False, **knobs):
     if compiled:
         engine.head = torch.compile(train.head, dynamic=True)
     if cfg.ref_cache:
-        train.store_reference(engine, pairs, np.arange(len(pairs)), "train", tmp_path, "test")
+        train.store_reference(engine, pairs, [np.arange(len(pairs))], "train", tmp_path, "test")
         assert engine.stores
         reference.h = engine.ref_trunk = None
     micros = data.micro_batches(pairs, np.arange(len(pairs)), cfg.micro_batch_size)
