@@ -91,7 +91,8 @@ class Tokenizer:
         show = {b: c for c, b in byte_characters().items()}
         vocab = {"".join(show[b] for b in token): rank for token, rank in self.ranks.items()}
         pairs = [" ".join("".join(show[b] for b in part) for part in merge) for merge in merges]
-        text = json.dumps(vocab | {EOT: self.eot}, ensure_ascii=False)
+        vocab = dict(sorted((vocab | {EOT: self.eot}).items(), key=lambda item: item[1]))  # by id
+        text = json.dumps(vocab, ensure_ascii=False)
         (folder / "vocab.json").write_text(text, encoding="utf-8")
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
         config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
@@ -271,7 +272,7 @@ def parse_record(record):
     if isinstance(prompt, list) or is_messages(chosen) or is_messages(rejected):
         return "chat messages", *parse_chat(prompt, chosen, rejected)
     if prompt is None and "instruction" in record:
-        texts = [check_text(record.get(key) or "", key) for key in ("instruction", "input")]
+        texts = [check_text(record[k], k) for k in ("instruction", "input") if record.get(k) is not None]
         sides = [[(" " + check_text(record[key], key), None)] for key in ("chosen", "rejected")]
         return "instructions", TURN["user"] + "\n".join(filter(None, texts)) + ASSISTANT, *sides
     if prompt is None:

@@ -171,6 +171,8 @@ class GPT(nn.Module):
         head = weights.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
             raise ModelError(f"{folder}: its output head is not tied to the embedding; this model's is")
+        if config.n_layer > len(weights) > 0:  # an absurd number would take minutes to build
+            raise ModelError(f"{folder}: config.json says {config.n_layer} layers, of {len(weights)} tensors")
         with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
             model = cls(config, vocab_multiple)
         have, want = ({name: tuple(w.shape) for name, w in x.items()} for x in (weights, file_views(model)))

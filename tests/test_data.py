@@ -969,3 +969,25 @@ def test_the_other_real_files_load(name, kept, note):
     first = batch.response.diff(prepend=torch.tensor([-1])) != 0
     assert (after[first] == data.PROMPT).all() and (after[~first] == 1 + batch.response[~first] % 2).all()
     assert (before[1:] - before[:-1] == 1)[~first[1:]].all()
+
+
+def test_an_instruction_that_is_no_text_is_malformed_and_null_is_no_input(tmp_path):
+    """Only a missing or null "input" is empty; [] and 0 are errors with their line."""
+    good = {"instruction": "Add.", "input": None, "chosen": "2", "rejected": "3"}
+    assert data.parse_record(good)[1] == "\n\nHuman: Add.\n\nAssistant:"
+    for key, value in (("instruction", []), ("input", 0)):
+        with pytest.raises(data.DataError, match=f'"{key}" must be a string'):
+            data.parse_record(good | {key: value})
+
+
+def test_saving_a_tokenizer_twice_gives_the_same_bytes(tmp_path):
+    """vocab.json is in the order of ids, wherever the vocabulary came from."""
+    ranks = data.Tokenizer("bytes")
+    again = data.Tokenizer("bytes")
+    again.ranks = dict(reversed(again.ranks.items()))
+    texts = []
+    for name, tokenizer in (("a", ranks), ("b", again)):
+        (tmp_path / name).mkdir()
+        tokenizer.save(tmp_path / name)
+        texts.append((tmp_path / name / "vocab.json").read_bytes())
+    assert texts[0] == texts[1]

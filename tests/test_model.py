@@ -927,3 +927,11 @@ def test_every_name_has_a_repository():
     assert list(model_file.NAMES) == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"]
     assert all(repository.count("/") == 1 and repository.endswith("/" + name)
                for name, repository in model_file.NAMES.items())
+
+
+def test_a_wrong_number_of_layers_is_refused_before_any_is_built(folder):
+    """An absurd n_layer in config.json costs one line, not minutes: the weights say how many there are."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 10**9}))
+    with pytest.raises(ModelError, match="1000000000 layers, of"):
+        GPT.from_pretrained(str(folder))

@@ -1,0 +1,19 @@
+"""All six claims of the papers in miniature: tables, JSON, figures.
+
+    python experiments/claims.py            3 seeds; experiments/results/*.json, experiments/figures/*.png
+    python experiments/claims.py --quick    1 seed, shorter; out/claims/quick
+    python experiments/claims.py --tables   README's tables again from the JSON files; --draw: the figures
+"""
+
+import edit_distance
+import frontier
+import segments
+import seqkl
+import surprises
+import weight
+from common import main
+
+CLAIMS = [frontier, weight, edit_distance, seqkl, segments, surprises]
+
+if __name__ == "__main__":
+    main(CLAIMS)

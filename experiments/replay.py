@@ -1,0 +1,406 @@
+"""The runs behind the claims: a reference by SFT, then preference steps with true reward and KL on the way.
+
+The loop is explicit and small; what a step does is train.Engine. B pairs, N response tokens, T columns,
+V vocabulary. A run's numbers are kept in out/claims, keyed by the run and by the code that made them.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the claims run as scripts, from any folder
+
+import data  # noqa: E402
+import losses  # noqa: E402
+import train  # noqa: E402
+from model import GPT  # noqa: E402
+from toy import reviews, sums  # noqa: E402
+
+TOKENIZER = ROOT / "toy" / "toy.tiktoken"
+SOURCES = ("losses.py", "model.py", "data.py", "train.py", "toy/reviews.py", "toy/sums.py",
+           "experiments/replay.py")
+MAX_NEW = {"reviews": 48, "sums": 52}  # tokens; the longest answer of the data has 33 and 47
+AT_ONCE = 64  # pairs in a forward pass
+
+
+@dataclass(frozen=True)
+class World:
+    """Data and reference of one seed: what runs share."""
+    name: str = "reviews"
+    seed: int = 0  # of data, initial weights, order of pairs and samples: a seed shares nothing with another
+    pairs: int = 3000  # seen by SFT
+    preferred: int = 2000  # the first of them, seen by the preference runs
+    held_out: int = 200
+    edits: int | str = 1  # sums: digits changed in the rejected answer, or "all"
+    n_layer: int = 2
+    n_embd: int = 64
+    sft_steps: int = 300
+    sft_lr: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Run:
+    world: World
+    loss: str = "dpo"  # one of train.LOSSES, or "unweighted": DPO with its gradient weight held at 1/2
+    beta: float | None = 0.1
+    lam: float | None = None
+    alpha: float | None = None
+    aspect_weights: tuple = ()
+    rejected_weight: str | None = None
+    one_segment: bool = False  # the whole response is one segment, with its sentences' mean scores
+    lr: float = 1e-4
+    batch_size: int = 32
+    steps: int = 80
+    checkpoints: tuple = (0, 40, 80)
+    samples: int = 512
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data and reference
+
+
+def raw_pairs(world):
+    """(training, held-out) pairs of a world as records. No held-out sum is in the training data."""
+    n, seed = world.pairs + world.held_out, 1000 + world.seed  # not the seed of the committed toy data
+    if world.name == "reviews":
+        pairs = reviews.sample_pairs(n, seed)
+    else:
+        rng = random.Random(seed)
+        pairs = [pair | {"rejected": reject(pair["chosen"], world.edits, rng)}
+                 for pair in sums.sample_pairs(n, seed)]  # the same sums whatever the edits
+    return pairs[:world.pairs], pairs[world.pairs:]
+
+
+def reject(answer, edits, rng):
+    """The answer with `edits` digits changed, or the answer to another sum of the same length."""
+    if edits != "all":
+        return sums.change_digits(answer, edits, rng)
+    while True:
+        other = sums.worked(*sums.draw_sum(rng))
+        if len(other) == len(answer) and other.split(":")[1] != answer.split(":")[1]:
+            return other
+
+
+def merged(response):
+    """A response of sentences as one segment, scored by their mean."""
+    scores = np.mean([segment["scores"] for segment in response], axis=0).tolist()
+    return [{"text": "".join(segment["text"] for segment in response), "scores": scores}]
+
+
+@functools.lru_cache(maxsize=8)
+def encoded(world, one_segment=False):
+    """(tokenizer, training pairs, held-out pairs, true margin of each training pair)."""
+    tokenizer = data.Tokenizer(str(TOKENIZER))
+    parts = raw_pairs(world)
+    parts = parts[0][:world.preferred], parts[1]
+    margins = np.array([reviews.margin(pair) for pair in parts[0]]) if world.name == "reviews" else None
+    loaded = []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            if one_segment:
+                part = [pair | {side: merged(pair[side]) for side in ("chosen", "rejected")} for pair in part]
+            path = Path(folder, "pairs.jsonl")
+            path.write_text("".join(json.dumps(pair) + "\n" for pair in part))
+            with quiet():
+                loaded.append(data.load((str(path),), tokenizer, 64)[0])
+    return tokenizer, *loaded, margins
+
+
+@functools.cache  # of what is running, whatever happens to the files meanwhile
+def source_hash():
+    trees = [ast.dump(ast.parse((ROOT / name).read_text())) for name in SOURCES]  # layout and comments aside
+    return hashlib.sha256("".join(trees).encode()).hexdigest()
+
+
+def key_of(thing):
+    text = json.dumps([dataclasses.asdict(thing), str(type(thing)), source_hash(), torch.__version__])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def reference_folder(world, store):
+    """The SFT model of a world and seed; trained where `store` has none yet.
+
+    Reviews: SFT on both responses, so that the pairs are samples of the reference, as DPO assumes.
+    Sums: SFT on the right answers.
+    """
+    world = dataclasses.replace(world, edits=1)
+    folder = Path(store, f"sft-{world.name}-{key_of(world)}")
+    if folder.exists():
+        return folder
+    train_pairs, held_out = raw_pairs(world)
+    if world.name == "reviews":
+        train_pairs, held_out = ([pair | {"chosen": pair[a], "rejected": pair[b]} for pair in part
+                                  for a, b in (("chosen", "rejected"), ("rejected", "chosen"))]
+                                 for part in (train_pairs, held_out))
+    Path(store).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store) as aside, quiet():
+        paths = Path(aside, "train.jsonl"), Path(aside, "held-out.jsonl")
+        for path, pairs in zip(paths, (train_pairs, held_out), strict=True):
+            path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        train.train(train.Config(
+            loss="sft", data=str(paths[0]), val_data=str(paths[1]), tokenizer=str(TOKENIZER), device="cpu",
+            out_dir=str(Path(aside, "model")), steps=world.sft_steps, lr=world.sft_lr, seed=world.seed,
+            n_layer=world.n_layer, n_embd=world.n_embd, block_size=64, micro_batch_size=64, eval_every=0,
+            save_every=0, log_every=100), nested=True)
+        with contextlib.suppress(OSError):  # another process was faster
+            Path(aside, "model").rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def quiet():
+    """train.py reports every step: not here."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def unweighted_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta):
+    """-h/2: DPO's gradient with the weight sigma(r_l - r_w) held at its first value, 1/2."""
+    return -0.5 * beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
+
+
+def mean_se(values):
+    values = np.asarray(values, dtype=np.float64)
+    return [float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))]
+
+
+def review_prompts(n, seed, tokenizer):
+    rng = random.Random(seed)
+    texts = [f"Review the {reviews.pick(rng, reviews.ADJECTIVES)} {reviews.pick(rng, reviews.NOUNS)}:"
+             for _ in range(n)]
+    return texts, torch.tensor([tokenizer.encode(text) for text in texts])  # (n, 5)
+
+
+@torch.no_grad()
+def sample_reviews(policy, reference, tokenizer, n, seed):
+    """n samples of the policy: true reward, KL(policy || reference), entropy, diversity.
+
+    The KL of a response is sum_t KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t)), the full vocabulary at each
+    position of a sampled response: Rao-Blackwellised, unbiased. [mean, standard error] over the samples.
+    """
+    texts, prompts = review_prompts(n, seed, tokenizer)
+    P = prompts.shape[1]
+    rewards, points, kls, entropies, valid, cut, words, replies = [], [], [], [], [], [], [], []
+    generator = torch.Generator().manual_seed(seed)
+    for at in range(0, n, 512):
+        tokens = policy.generate(prompts[at:at + 512], MAX_NEW["reviews"], eos=tokenizer.eot,
+                                 generator=generator)
+        response = tokens[:, P:]  # (B, T)
+        ended = (response == tokenizer.eot).int().cumsum(-1)
+        scored = (ended == 0) | ((ended == 1) & (response == tokenizer.eot))  # through the first end-of-text
+        log_p = policy.logits(policy(tokens[:, :-1])[:, P - 1:]).log_softmax(-1)  # (B, T, V)
+        log_q = reference.logits(reference(tokens[:, :-1])[:, P - 1:]).log_softmax(-1)
+        p = log_p.exp()
+        kls += ((p * (log_p - log_q)).sum(-1) * scored).sum(-1).tolist()
+        entropies += ((-(p * log_p).sum(-1) * scored).sum(-1) / scored.sum(-1)).tolist()
+        cut += (ended[:, -1] == 0).tolist()
+        for text, ids in zip(texts[at:at + 512], response.tolist(), strict=True):
+            ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
+            reply = tokenizer.decode(ids)
+            scored_sentences = reviews.score_sentences(text, reply)
+            rewards.append(reviews.reward(text + reply))
+            points.append(np.mean([s for _, s in scored_sentences] or [[0, 0]], axis=0))
+            valid += [bool(reviews.SENTENCE.fullmatch(sentence)) for sentence, _ in scored_sentences]
+            words.append(ids)
+            replies.append(reply)
+    grams = [tuple(ids[i:i + 3]) for ids in words for i in range(len(ids) - 2)][:6000]
+    points = np.array(points)
+    return {"reward": mean_se(rewards), "kl": mean_se(kls), "entropy": mean_se(entropies),
+            "helpfulness": mean_se(points[:, 0]), "relevance": mean_se(points[:, 1]),
+            "distinct_3": len(set(grams)) / max(1, len(grams)), "n_grams": len(grams),
+            "valid": sum(valid) / max(1, len(valid)), "cut": sum(cut) / n,
+            "tokens": sum(map(len, words)) / n, "sample": texts[0] + replies[0]}
+
+
+def reference_rewards(world, n, store):
+    """True rewards of n samples of the reference: what Eq. 4 re-weights."""
+    tokenizer = data.Tokenizer(str(TOKENIZER))
+    reference = GPT.from_pretrained(str(reference_folder(world, store)))
+    texts, prompts = review_prompts(n, 5000 + world.seed, tokenizer)
+    generator, rewards = torch.Generator().manual_seed(5000 + world.seed), []
+    for at in range(0, n, 1024):
+        tokens = reference.generate(prompts[at:at + 1024], MAX_NEW["reviews"], eos=tokenizer.eot,
+                                    generator=generator)
+        for text, ids in zip(texts[at:at + 1024], tokens[:, prompts.shape[1]:].tolist(), strict=True):
+            ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
+            rewards.append(reviews.reward(text + tokenizer.decode(ids)))
+    return rewards
+
+
+@torch.no_grad()
+def token_logratios(policy, reference, rows):
+    """(batch, log pi, log pi_ref) of the response tokens of some pairs: a Batch and two of (N,)."""
+    batch = data.collate(rows)
+    row, column = batch.source
+    hidden = [m(batch.tokens, batch.positions, batch.mask())[row, column] for m in (policy, reference)]
+    logps = [losses.token_logps(m.logits(h), batch.target)
+             for m, h in zip((policy, reference), hidden, strict=True)]
+    return batch, *logps
+
+
+def credit(policy, reference, pairs, eot):
+    """How far the policy moved each held-out sentence: sums and counts by side, helpfulness and relevance.
+
+    The log-ratio of a sentence is that of its tokens given all before; end-of-text is left out.
+    """
+    total, count = np.zeros((2, 2, 5, 5))
+    for at in range(0, len(pairs), AT_ONCE):
+        rows = [pairs[i] for i in range(at, min(at + AT_ONCE, len(pairs)))]
+        batch, logps, ref_logps = token_logratios(policy, reference, rows)
+        S = batch.scores.shape[2]
+        ratio = torch.where(batch.target == eot, 0.0, logps - ref_logps)
+        ratio = losses.segment_sum(ratio, batch.segment, 2 * len(rows) * S).view(len(rows), 2, S)
+        for b, side, k in zip(*torch.nonzero(batch.segment_mask, as_tuple=True), strict=True):
+            h, r = (int(x) for x in batch.scores[b, side, k])
+            total[side, h, r] += ratio[b, side, k].item()
+            count[side, h, r] += 1
+    return {"sum": total.tolist(), "count": count.tolist()}
+
+
+@torch.no_grad()
+def parts_of_chosen(policy, reference, pairs):
+    """Held-out chosen log-probabilities before the first edited token, at edited ones, and after, unedited.
+
+    Nats per token, policy and reference; the total is in nats per answer. Both answers have equal length.
+    """
+    sums_, counts = np.zeros((2, 3)), np.zeros(3)
+    for at in range(0, len(pairs), AT_ONCE):
+        rows = [pairs[i] for i in range(at, min(at + AT_ONCE, len(pairs)))]
+        batch, *both = token_logratios(policy, reference, rows)
+        for b, pair in enumerate(rows):
+            C = len(pair.chosen)
+            differs = np.asarray(pair.chosen) != np.asarray(pair.rejected)
+            seen = differs.cumsum() > 0
+            part = np.where(~seen, 0, np.where(differs, 1, 2))  # (C,)
+            for m, logps in enumerate(both):
+                values = logps[batch.starts[b]:batch.starts[b] + C].double().numpy()
+                sums_[m] += np.bincount(part, values, minlength=3)
+            counts += np.bincount(part, minlength=3)
+    names = ("before", "at", "after")
+    result = {}
+    for m, who in enumerate(("policy", "reference")):
+        result[who] = {name: float(sums_[m, i] / max(1, counts[i])) for i, name in enumerate(names)}
+        result[who]["total"] = float(sums_[m].sum() / len(pairs))
+    return result | {"differing": float(counts[1] / counts.sum())}
+
+
+def sums_accuracy(policy, tokenizer, held_out):
+    """Share of held-out sums that the policy works out to the letter, greedily; [mean, standard error]."""
+    prompts = [held_out[i].prompt.tolist() for i in range(len(held_out))]
+    right = []
+    for length in sorted({len(prompt) for prompt in prompts}):
+        tokens = torch.tensor([prompt for prompt in prompts if len(prompt) == length])
+        for ids in policy.generate(tokens, MAX_NEW["sums"], temperature=0, eos=tokenizer.eot).tolist():
+            right.append(sums.correct(tokenizer.decode(i for i in ids if i != tokenizer.eot)))
+    return mean_se(right)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A run
+
+
+STORES = tempfile.TemporaryDirectory()  # this process's stores of reference numbers
+
+
+def build(run, store):
+    """Engine, reference, tokenizer, data of a run."""
+    world = run.world
+    tokenizer, pairs, val, margins = encoded(world, run.one_segment)
+    init = reference_folder(world, store)
+    loss = "dpo" if run.loss == "unweighted" else run.loss
+    cfg = train.Config(
+        loss=loss, beta=run.beta, lam=run.lam, alpha=run.alpha, aspect_weights=run.aspect_weights,
+        rejected_weight=run.rejected_weight, init=str(init), lr=run.lr, steps=run.steps, seed=world.seed,
+        batch_size=run.batch_size, micro_batch_size=AT_ONCE, device="cpu", head_tokens=4096,
+        out_dir=STORES.name)
+    train.check_flags(cfg)
+    cfg = train.fill_defaults(cfg)
+    policy, reference = (GPT.from_pretrained(str(init)) for _ in range(2))
+    reference.requires_grad_(False)
+    engine = train.Engine(cfg, policy, None if loss == "sft" else reference,
+                          pairs.score_maximum() if pairs.n_aspects else None)
+    if run.loss == "unweighted":
+        engine.loss = unweighted_loss
+    if loss != "sft":
+        kind = f"{world.name}-{world.seed}-{world.edits}-{run.one_segment}-{engine.needs_kl}"
+        folder = Path(STORES.name, kind)
+        folder.mkdir(exist_ok=True)
+        with quiet():
+            for split, part in (("train", pairs), ("val", val)):
+                micros = data.micro_batches(part, np.arange(len(part)), AT_ONCE)
+                train.store_reference(engine, part, micros, split, folder, init.name)
+    return engine, reference, tokenizer, pairs, val, margins
+
+
+def gradient_weights(run, row, margins, index):
+    """sigma(r_l - r_w) of a step's pairs: mean, on pairs the policy ranks wrong and right, and by label."""
+    h = run.beta * ((row["chosen_logps"] - row["ref_chosen_logps"])
+                    - (row["rejected_logps"] - row["ref_rejected_logps"])).double().numpy()
+    weight = 1 / (1 + np.exp(h))
+    groups = {"all": np.ones(len(h), bool), "wrong": h < 0, "right": h > 0}
+    if margins is not None:
+        groups |= {"label_false": margins[index] < 0, "label_true": margins[index] > 0}
+    return {name: [float(weight[g].sum()), int(g.sum())] for name, g in groups.items()}
+
+
+def replay(run, store):
+    """Train a run and measure it at its checkpoints; returns plain JSON."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    engine, reference, tokenizer, pairs, val, margins = build(run, store)
+    policy, seed = engine.policy, run.world.seed
+    sentences = encoded(run.world)[2]  # of held-out pairs, whatever segments the run itself sees
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=run.lr, weight_decay=0.0, fused=True)
+    checkpoints, weights = [], []
+    for step in range(run.steps + 1):
+        if step in run.checkpoints:
+            record = {"step": step, "held_out": train.evaluate(engine, val)}
+            if run.world.name == "sums":
+                record |= {"accuracy": sums_accuracy(policy, tokenizer, val),
+                           "chosen": parts_of_chosen(policy, reference, val)}
+            else:
+                if step:
+                    record["samples"] = sample_reviews(policy, reference, tokenizer, run.samples, 9000 + seed)
+                    record["credit"] = credit(policy, reference, sentences, tokenizer.eot)
+                else:  # every run of a seed starts there
+                    record["samples"] = first_samples(run.world, run.samples, store)
+            checkpoints.append(record)
+        if step == run.steps:
+            break
+        index = data.step_indices(len(pairs), run.batch_size, seed, step)
+        scale = 1 / (int(pairs.rows[index, 2].sum()) if run.loss == "sft" else len(index))
+        row = engine.run_pairs(pairs, index, "train", scale)
+        if "ref_chosen_logps" in row:
+            weights.append(gradient_weights(run, row, margins, index))
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * min(1, (step + 1) / 10)  # train.py's warm-up
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {"checkpoints": checkpoints, "weights": weights, "wall_s": time.perf_counter() - clock,
+            "cpu_s": time.process_time() - cpu}
+
+
+@functools.lru_cache(maxsize=8)
+def first_samples(world, n, store):
+    """What sample_reviews says of the reference."""
+    reference = GPT.from_pretrained(str(reference_folder(world, store)))
+    return sample_reviews(reference, reference, data.Tokenizer(str(TOKENIZER)), n, 9000 + world.seed)
