@@ -1,0 +1,119 @@
+"""sample.py: what it prints, and that the heat is the implicit reward."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+from model import GPT, GPTConfig
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a preference run, made by hand: two random models, the bytes tokenizer, a run.json."""
+    for name, seed in (("ref", 1), ("policy", 2)):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(257, 48, 2, 2, 16))
+        with torch.no_grad():
+            model.wte.weight.mul_(8)  # far from uniform, so that the two differ visibly
+        model.save_pretrained(tmp_path / name)
+        data.Tokenizer("bytes").save(tmp_path / name)
+    config = {"loss": "dpo", "steps": 1, "beta": 0.5, "ref": str(tmp_path / "ref")}
+    text = json.dumps({"config": config, "identity": {}, "finished": 1, "score_maximum": None})
+    (tmp_path / "policy" / "run.json").write_text(text)
+    return tmp_path / "policy"
+
+
+def log_ratio(run, prompt, response):
+    """log pi/pi_ref of each response token by two plain forward passes, one token at a time."""
+    ids = [*prompt, *response]
+    values = []
+    for folder in (run, run.parent / "ref"):
+        model = GPT.from_pretrained(str(folder)).double()
+        logits = model.logits(model(torch.tensor([ids])))[0]  # (T, V)
+        p = torch.softmax(logits, -1)
+        values.append(torch.stack([p[len(prompt) + t - 1, y] for t, y in enumerate(response)]).log())
+    return (values[0] - values[1]).detach()
+
+
+def test_token_rewards_are_beta_times_the_log_ratio_of_each_token(run):
+    """They sum to the implicit reward beta log pi(y|x)/pi_ref(y|x), end-of-text included."""
+    prompt, response = np.array([72, 105, 58]), np.array([32, 111, 107, 256])
+    policy, reference = (GPT.from_pretrained(str(folder)) for folder in (run, run.parent / "ref"))
+    rewards = sample.token_rewards(policy, reference, prompt, response, 0.5)
+    expected = 0.5 * log_ratio(run, prompt.tolist(), response.tolist())
+    assert np.allclose(rewards, expected.numpy(), atol=1e-4) and expected.abs().max() > 0.1
+
+
+def test_heat_prints_each_token_with_its_number_and_the_sum(run, capsys):
+    """--response scores a given text: one number a token, and their sum in the line above."""
+    sample.main([str(run), "--prompt", "Hi:", "--heat", "--response", " ok", "--no-color"])
+    out = capsys.readouterr().out
+    numbers = [float(x) for x in re.findall(r"\[([+-]\d+\.\d+)\]", out)]
+    assert len(numbers) == 4 and "<|endoftext|>[" in out  # three bytes and end-of-text
+    assert float(re.search(r"sum ([+-]\d+\.\d+)", out)[1]) == pytest.approx(sum(numbers), abs=3e-3)
+    assert numbers[0] == pytest.approx(0.5 * log_ratio(run, b"Hi:", [*b" ok", 256])[0].item(), abs=1e-3)
+
+
+def test_colours_are_green_above_and_red_below_the_reference():
+    """A token that training made likelier gets a green background, one that it made less likely a red one."""
+    tokenizer = data.Tokenizer("bytes")
+    text = sample.heat(tokenizer, [97, 98, 99], [1.0, -1.0, 0.0], color=True)
+    assert text == "\033[48;5;46;97ma\033[0m\033[48;5;196;97mb\033[0mc"
+
+
+def test_policy_and_reference_stand_side_by_side_and_a_seed_repeats_them(run, capsys):
+    """Two columns; the same seed gives the same answers, another seed others."""
+    outs = []
+    for seed in ("0", "0", "1"):
+        sample.main([str(run), "--prompt", "Hi:", "--seed", seed, "--max_new_tokens", "8", "--temperature=1"])
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] != outs[2]
+    assert re.search(r"^reference +\| policy$", outs[0], re.M)
+    assert sample.side_by_side([("reference", "a"), ("policy", "b")], 40) == "reference: a\npolicy: b"
+
+
+def test_prompts_come_from_flags_files_and_stdin(run, tmp_path, capsys, monkeypatch):
+    """A file holds one prompt a line, plain or JSONL; - is stdin; --chat renders a Human turn."""
+    (tmp_path / "p.txt").write_text('first:\n\n{"prompt": "second:"}\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO("third:\n"))
+    flags = [str(run), "--max_new_tokens", "2"]
+    sample.main([*flags, "--prompts", str(tmp_path / "p.txt")])
+    sample.main([*flags, "--prompts", "-", "--chat"])
+    out = capsys.readouterr().out
+    assert re.findall(r"prompt: (.*)", out) == ["first:", "second:", "Human: third:"]
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ([], "--prompt: say what to answer"),
+    (["--prompt", "x", "--response", "y"], "--response: goes with --heat"),
+    (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
+    (["--prompt", "x", "--max_new_tokens", "48"], "the answer may take all of block_size 48"),
+    (["--prompt", "x", "--temperature", "-1", "--max_new_tokens", "2"], "needs temperature >= 0"),
+    (["--prompt", "x", "--ref", "nowhere"], "nowhere/config.json"),
+    (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: No such file"),
+    (["--prompt", "x", "--colour"], "unrecognized arguments: --colour"),
+])
+def test_bad_input_is_one_line_and_status_2(run, capsys, flags, says):
+    """What is wrong, where, what to do; no traceback."""
+    with pytest.raises(SystemExit) as e:
+        sample.main([str(run), *flags])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and says in err and err.count("\n") == 1, err
+
+
+def test_an_sft_run_needs_a_reference_to_compare_with(run, capsys):
+    """Without --ref there is nothing to stand beside; the message says so."""
+    config = json.loads((run / "run.json").read_text())
+    config["config"] |= {"loss": "sft", "ref": None, "beta": None}
+    (run / "run.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        sample.main([str(run), "--prompt", "x"])
+    assert "an SFT run has no reference; name one with --ref" in capsys.readouterr().err
+    sample.main([str(run), "--prompt", "x", "--ref", str(run.parent / "ref"), "--max_new_tokens=2", "--heat"])
+    assert "beta 1;" in capsys.readouterr().out
