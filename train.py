@@ -28,7 +28,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-# Threads that wait are to sleep, not to spin: with another process on a core, spinning makes a step of a small
+# Threads that wait are to sleep, not spin: with another process on a core, spinning makes a step of a small
 # model ten times slower. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -130,11 +130,11 @@ def draw(s, path):
     fig, axes = figure(1, 2, width=5.4, height=4.2)
     near, far = axes[0]
     start = np.mean(s["start"])
-    shown = max(p["kl"][0] for seeds in s["points"].values() for ps in seeds for p in ps
-                if p["reward"][0] > start) * 1.05
+    shown = 1.05 * max((p["kl"][0] for seeds in s["points"].values() for ps in seeds for p in ps
+                        if p["reward"][0] > start), default=1.0)
     for loss, seeds in s["points"].items():
         every = sum(seeds, [])
-        grid = np.geomspace(0.002, min(max(p["kl"][0] for p in every), shown), 200)
+        grid = np.geomspace(0.002, min(max(0.004, *(p["kl"][0] for p in every)), shown), 200)
         envelopes = np.array([[best_within(ps, kl) for kl in grid] for ps in seeds], dtype=float)
         band(near, grid, envelopes, LABELS[loss], COLOURS[loss])
         for axis in (near, far):
