@@ -455,7 +455,8 @@ def profile(o):
 
 
 def scaling(o):
-    """Time and head memory of our step when one thing doubles, and doubles again."""
+    """Time and head memory of our step when one thing doubles, and doubles again. On a CPU the time is that
+    of all threads: other processes lengthen it less."""
     start = {"vocab": 16384, "length_times": 1, "pairs": 4, "layers": 4}
     o.profile, o.micro, o.lengths = True, 4, "short" if o.lengths == "long" else o.lengths
     result = {}
@@ -463,7 +464,8 @@ def scaling(o):
         for times in (1, 2, 4):
             point = argparse.Namespace(**vars(o) | start | {name: times * base})
             answers = measure(point, "ours")["ours"][o.warmup:]
-            r = {"seconds": median([a["seconds"] for a in answers]), "memory": answers[-1]["memory"],
+            clock = "cpu" if o.device == "cpu" else "seconds"
+            r = {"seconds": median([a[clock] for a in answers]), "memory": answers[-1]["memory"],
                  "head_memory": max(a["head_memory"] for a in answers),
                  "parts": {part: median([a["parts"][part] for a in answers]) for part in answers[0]["parts"]}}
             result.setdefault(name, {})[times * base] = r
@@ -484,7 +486,7 @@ def draw(o, result):
         x = list(points)
         seconds, gigabytes = ([points[v][key] * scale for v in x]
                               for key, scale in (("seconds", 1), ("head_memory", 1e-9)))
-        ax.plot(x, seconds, "o-", color="C0", label="time of a step, s")
+        ax.plot(x, seconds, "o-", color="C0", label="CPU " * (o.device == "cpu") + "time of a step, s")
         ax.plot(x, [seconds[0] * v / x[0] for v in x], ":", color="C0", label="proportional")
         ax.plot(x, gigabytes, "s-", color="C1", label="memory of the head, GB")
         ax.set(xlabel=labels[name], xticks=x, ylim=(0, None))
