@@ -104,7 +104,8 @@ def read_gpt2():
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as e:  # requests' own errors, and requests is not ours to import
         raise DataError(f"tokenizer gpt2: not in tiktoken's cache, no download ({type(e).__name__}); pass "
-                        "a folder with encoder.json and vocab.bpe, or set TIKTOKEN_CACHE_DIR") from None
+                        "--tokenizer bytes, a .tiktoken file or a folder with encoder.json and vocab.bpe, "
+                        "or set TIKTOKEN_CACHE_DIR") from None
     return {bpe.decode_single_token_bytes(i): i for i in range(bpe.eot_token)}, bpe.eot_token
 
 

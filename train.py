@@ -62,9 +62,9 @@ LOSSES = {
 class Config:
     loss: str = "dpo"  # sft, dpo, dpop, tdpo1, tdpo2, 2d-dpo or 2d-dpo-vanilla
     data: tuple = ()  # files or folders of pairs; default: the toy reviews
-    val_data: tuple = ()  # held-out pairs; default: 10 % of the data (at most 256 pairs), split by prompt
-    tokenizer: str | None = None  # gpt2, bytes, FILE.tiktoken or FOLDER; default: that of --init, else gpt2
-    init: str | None = None  # start: a model folder or a name (gpt2, ...); default: an SFT model made first
+    val_data: tuple = ()  # held-out pairs; default: 10 % of --data (at most 256 pairs), split by prompt
+    tokenizer: str | None = None  # gpt2, bytes, FILE.tiktoken or FOLDER; default: --init's, or gpt2
+    init: str | None = None  # start: a model folder or a name (gpt2, ...); default: SFT made first
     ref: str | None = None  # reference: a model folder or name; default: the start
     out_dir: str | None = None  # default: out/LOSS, or out/LOSS-2, ... where that is taken
     resume: bool = False  # go on with the run in --out_dir; flags not given again stay as they were
@@ -152,7 +152,7 @@ def check_flags(cfg):
     for name in ("lr", "sft_lr", "beta"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"--{name} {value}: must be greater than 0")
+            raise ConfigError(f"--{name} {value}: must be greater than 0 and finite")
     for name in {"beta", "lam", "alpha"} - set(knobs(cfg.loss)):
         refuse_unread(cfg, name, f"the loss {cfg.loss} has none")
     if "chosen_rewards" not in parameters(cfg.loss):
@@ -540,18 +540,20 @@ def alarms(step, m):
     return found
 
 
-def health(step, m):
+def health(step, m, loss="dpo"):
     """One line on what the numbers usually mean, or None."""
     chosen, rejected = m.get("logratio/chosen", 0.0), m.get("logratio/rejected", 0.0)
     for text in alarms(step, m).values():
         return text
     if rejected < chosen < 0:
-        return (f"rejected falls faster; chosen is {-chosen:.1f} nats below the reference: "
-                "expected in DPO, see DPOP")
+        why = {"dpo": ": expected in DPO, see DPOP", "dpop": ": the penalty lam is active"}.get(loss, "")
+        return f"rejected falls faster; chosen is {-chosen:.1f} nats below the reference{why}"
     if rejected < 0 < chosen:
         return f"chosen rises by {chosen:.1f} nats, rejected falls by {-rejected:.1f}"
     if 0 < rejected < chosen:
         return f"both rise, chosen faster: {chosen:.1f} and {rejected:.1f} nats above the reference"
+    if chosen < rejected:
+        return f"chosen {chosen:+.1f}, rejected {rejected:+.1f} nats: on average the rejected response gains"
     return None
 
 
@@ -720,7 +722,14 @@ def set_up(cfg, nested):
     cfg = fill_defaults(cfg)
     runs.check_free(Path(cfg.out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
     ranks.start(cfg.device)  # all have seen the folders before one writes
+    for file in data.list_files([*cfg.data, *cfg.val_data]):
+        try:
+            file.stat()  # before the tokenizer, which may have an error of its own
+        except OSError as e:
+            raise data.DataError(f"{file}: {e.strerror}") from None
     tokenizer = load_tokenizer(cfg)
+    if not cfg.init:
+        sizes = GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
     policy = load_model("init", cfg, tokenizer) if cfg.init else None
     cfg = dataclasses.replace(cfg, block_size=cfg.block_size or policy.config.block_size)
     reference = load_model("ref", cfg, tokenizer) if cfg.ref else None
@@ -733,7 +742,6 @@ def set_up(cfg, nested):
         policy = load_model("init", cfg, tokenizer)
     elif policy is None:
         torch.manual_seed(cfg.seed)
-        sizes = GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
         policy = GPT(sizes, vocab_multiple=vocab_multiple(cfg))
         policy.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
     c = policy.config
@@ -744,6 +752,9 @@ def set_up(cfg, nested):
             say(f"--init {cfg.init} is itself the result of {loss}; without --ref it is now the reference")
         cfg = dataclasses.replace(cfg, ref=cfg.ref or cfg.init)
         reference = (reference or load_model("ref", cfg, tokenizer)).requires_grad_(False)
+    folders = {name: str(Path(value).resolve()) for name in ("init", "ref")
+               if (value := getattr(cfg, name)) and value not in NAMES}
+    cfg = dataclasses.replace(cfg, **folders)  # run.json is read from other places too
     init_hash = runs.weights_hash(policy) if cfg.init else None
     ref_hash = runs.weights_hash(reference) if reference else None
     ranks.shard(policy)
@@ -855,7 +866,7 @@ def train(cfg, nested=False):
                                    "saved, the checkpoints are intact; is --lr far too large?")
                 if cfg.loss != "sft":
                     say(f"  held-out: loss {after['loss']:.4f}, accuracy {after['rewards/accuracies']:.3f}; "
-                        f"{health(step, after) or 'no remark'}")
+                        f"{health(step, after, cfg.loss) or 'no remark'}")
             if last or cfg.save_every and step % cfg.save_every == 0:
                 runs.save_checkpoint(folder, step, policy, optimizer, identity,
                                      {"before": before, "after": after})

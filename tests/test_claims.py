@@ -22,6 +22,8 @@ import replay  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from toy import reviews  # noqa: E402
 
+pytestmark = pytest.mark.slow  # processes and training: seconds each
+
 RESULTS = ROOT / "experiments" / "results"
 
 

@@ -22,6 +22,8 @@ import ranks
 import train
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.slow  # processes and training: seconds each
+
 ROOT = Path(__file__).resolve().parent.parent
 SPEED = {"pairs_per_s", "tokens_per_s", "mfu", "peak_memory"}  # what may differ between runs
 TOLERANCE = 1e-10

@@ -76,3 +76,10 @@ def test_every_flag_has_a_comment_and_the_defaults_are_the_papers():
     assert len(lines) == len(dataclasses.fields(train.Config)) and all("  # " in line for line in lines)
     assert train.fill_defaults(train.Config(loss="dpop")).beta == 0.3 and train.DEFAULTS["beta"] == 0.1
     assert (train.DEFAULTS["lam"], train.DEFAULTS["alpha"]) == (50, 0.5)
+
+
+def test_no_placeholder_is_left():
+    """What the READMEs show was filled in."""
+    for readme in [ROOT / "README.md", *ROOT.glob("[a-z]*/README.md")]:
+        text = readme.read_text(encoding="utf-8")
+        assert "@@" not in text and "PROSE" not in text

@@ -303,7 +303,7 @@ def test_resume_keeps_the_original_reference(here):
     identity = runs.read_run("run")["identity"]
     assert main("--resume --out_dir run --steps 3")[0] == 0
     run = runs.read_run("run")
-    assert run["identity"] == identity and run["config"]["ref"] == "b"
+    assert run["identity"] == identity and run["config"]["ref"] == str(Path("b").resolve())
     assert identity["ref"] == runs.weights_hash(GPT.from_pretrained("b")) != identity["init"]
 
 

@@ -811,7 +811,8 @@ def test_a_run_gets_a_folder_of_its_own_and_the_sft_reference_is_reused_only_whe
         ("out/dpo-3", "out/sft-2", None), ("out/dpo-4", "out/sft-3", None), ("out/dpo-5", "out/sft-4", None),
         ("out/dpo-6", "out/sft-5", None), ("out/dpo-7", None, "out/sft-2")]
     head, _, _ = read_log("out/dpo")
-    assert [head["config"][name] for name in ("init", "ref", "sft_steps")] == ["out/sft", "out/sft", None]
+    folder = str(Path("out/sft").resolve())  # in full: run.json is read from other folders too
+    assert [head["config"][name] for name in ("init", "ref", "sft_steps")] == [folder, folder, None]
     sft, _, _ = read_log("out/sft")
     assert (sft["config"]["loss"], sft["config"]["steps"], sft["config"]["lr"]) == ("sft", 2, 2e-3)
     # a line on stdout says what to type next, and the next command of SFT runs
@@ -819,7 +820,24 @@ def test_a_run_gets_a_folder_of_its_own_and_the_sft_reference_is_reused_only_whe
     words = shlex.split(re.search(r"^next: python train.py (.*)$", capsys.readouterr().out, re.MULTILINE)[1])
     assert words == ["--loss", "dpo", "--init", "out/mine", "--data", file, "--val_data", file]
     train.main([*words, "--steps", "1", "--device", "cpu"])
-    assert read_log("out/dpo-8")[0]["config"]["init"] == "out/mine"
+    assert read_log("out/dpo-8")[0]["config"]["init"] == str(Path("out/mine").resolve())
+
+
+def test_the_health_line_speaks_of_the_loss_that_is_trained():
+    """DPO's user is told of DPOP; DPOP's of its penalty; and where rejected gains, that is said."""
+    falling = {"logratio/chosen": -2.0, "logratio/rejected": -5.0}
+    assert "see DPOP" in train.health(9, falling) and "penalty" in train.health(9, falling, "dpop")
+    assert train.health(9, falling, "tdpo2").endswith("2.0 nats below the reference")
+    for chosen, rejected in ((-5.0, -2.0), (-1.0, 1.0), (1.0, 2.0)):
+        worse = {"logratio/chosen": chosen, "logratio/rejected": rejected}
+        assert "the rejected response gains" in train.health(9, worse)
+
+
+def test_missing_data_are_named_before_the_tokenizer_is_looked_for(capsys):
+    """Without --tokenizer gpt2 would be downloaded: a missing file must not look like a missing network."""
+    with pytest.raises(SystemExit):
+        train.main(["--data", "gone.jsonl"])
+    assert capsys.readouterr().err == "train.py: error: gone.jsonl: No such file or directory\n"
 
 
 def test_a_run_whose_folder_is_called_sft_keeps_its_reference_elsewhere(tmp_path, capsys):
