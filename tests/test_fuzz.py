@@ -22,6 +22,8 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+pytestmark = pytest.mark.slow  # processes and training: seconds each
+
 SECONDS = float(os.environ.get("TERMWISE_FUZZ_SECONDS", 4))
 BYTES = data.Tokenizer("bytes")
 

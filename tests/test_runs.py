@@ -30,6 +30,8 @@ import train
 from model import GPT, GPTConfig
 from runs import ConfigError, RunError
 
+pytestmark = pytest.mark.slow  # processes and training: seconds each
+
 BYTES = data.Tokenizer("bytes")
 HERE = Path(__file__).resolve().parent
 TIMING = {"pairs_per_s", "tokens_per_s", "mfu", "peak_memory"}

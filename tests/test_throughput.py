@@ -20,6 +20,8 @@ from model import GPT, GPTConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import throughput  # noqa: E402
 
+pytestmark = pytest.mark.slow  # processes and training: seconds each
+
 OPTIONS = argparse.Namespace(lengths="tiny", vocab=97, length_times=1, batches=1, pairs=5, device="cpu",
                              dtype="float64", loss="dpo")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

@@ -30,6 +30,8 @@ import train
 from model import GPT, GPTConfig
 from train import LOSSES, Config, ConfigError, RunError
 
+pytestmark = pytest.mark.slow  # processes and training: seconds each
+
 HERE = Path(__file__).resolve().parent
 BYTES = data.Tokenizer("bytes")
 PREFERENCE = [loss for loss in LOSSES if loss != "sft"]
