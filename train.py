@@ -516,7 +516,9 @@ def largest_logratio(rows):
     ratios = [(t[f"{side}_logps"] - t.get(f"ref_{side}_logps", t[f"{side}_logps"])).abs()
               for side in ("chosen", "rejected")]
     ratio, which = torch.maximum(*ratios).max(0)  # NaN counts as the largest
-    return ratio.item(), which.item(), t["loss"].sum().item()
+    numbers = torch.stack([ratio.double(), which.double(), t["loss"].sum().double()])
+    ratio, which, total = numbers.tolist()  # one wait for the device, not three
+    return ratio, int(which), total
 
 
 def is_spike(usual, value, least=0):
