@@ -629,11 +629,15 @@ def step_indices(n, batch_size, seed, step):
     return np.concatenate([permutation(n, seed, e)[at[epoch == e]] for e in np.unique(epoch).tolist()])
 
 
-def micro_batches(pairs, index, size):
-    """Cut the pairs of a step into micro-batches, longest first: less padding, the same gradient."""
-    index = index[np.argsort(-pairs.lengths[index], kind="stable")]
-    return [index[i:i + size] for i in range(0, len(index), size)]
-
+def micro_batches(pairs, index, size, tokens=10**9):
+    """Cut the pairs of a step into micro-batches, longest first: less padding, the same gradient. Each holds
+    at most so many pairs, and so many tokens with their padding, or one pair."""
+    index, micros = index[np.argsort(-pairs.lengths[index], kind="stable")], []
+    while len(index):
+        n = max(1, min(size, tokens // pairs.lengths[index[0]]))  # the longest row comes first
+        micros.append(index[:n])
+        index = index[n:]
+    return micros
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ class Config:
     steps: int | None = None  # optimizer steps; default 40, sft 150
     batch_size: int = 64  # pairs in an optimizer step
     micro_batch_size: int = 16  # pairs in a forward pass: changes the memory, not the gradient
+    micro_batch_tokens: int | None = None  # and tokens in it, with padding; default 2048, 32768 on cuda
     lr: float | None = None  # AdamW's learning rate; default 5e-5, sft 2e-3: for small models from scratch
     warmup_steps: int = 10  # of linear warm-up; constant after it, so that --steps may grow
     weight_decay: float = 0.0  # of matrices; biases and LayerNorm have none
@@ -98,7 +99,7 @@ class Config:
     # the machine
     device: str | None = None  # default: cuda where there is one, else cpu
     dtype: str | None = None  # float32, bfloat16 (autocast), float64; default bfloat16 on cuda, else float32
-    compile: bool | None = None  # torch.compile; default on cuda, and where it pays on the CPU: tdpo's head
+    compile: bool | None = None  # torch.compile; default on cuda; on the CPU the head of a large vocabulary
     head_tokens: int | None = None  # response tokens whose logits exist at once; default 512, 4096 on cuda
     ref_cache: bool = True  # evaluate the reference once and store its numbers
     ref_cache_gb: float = 8.0  # a larger store is not made: the reference then runs in every step
@@ -109,16 +110,17 @@ DEFAULTS = {"beta": 0.1, "lam": 50.0, "alpha": 0.5, "steps": 40, "lr": 5e-5, "sf
             "n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
 DEFAULTS_OF = {"dpop": {"beta": 0.3}, "sft": {"steps": 150, "lr": 2e-3}}
 STORE_FROM = 4_000_000  # bytes of data files from which tokenising them again would take seconds
+ALIGN = 64  # rows of the embedding table are a multiple of it: aligned logits multiply faster, on CPUs too
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Flags
 
-AT_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "sft_steps": 1, "n_layer": 1, "n_head": 1,
-            "n_embd": 1, "block_size": 2, "log_every": 1, "head_tokens": 1, "seed": 0, "warmup_steps": 0,
-            "weight_decay": 0, "grad_clip": 0, "lam": 0, "alpha": 0, "eval_every": 0, "save_every": 0,
-            "ref_cache_gb": 0}
+AT_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "micro_batch_tokens": 1, "sft_steps": 1,
+            "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 2, "log_every": 1, "head_tokens": 1,
+            "seed": 0, "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "lam": 0, "alpha": 0,
+            "eval_every": 0, "save_every": 0, "ref_cache_gb": 0}
 
 
 def parameters(loss):
@@ -207,7 +209,8 @@ def fill_defaults(cfg):
     return dataclasses.replace(
         cfg, **filled, device=device, dtype=cfg.dtype or ("float32" if device == "cpu" else "bfloat16"),
         compile=cfg.compile if device == "cpu" or cfg.compile is not None else True,
-        head_tokens=cfg.head_tokens or (512 if device == "cpu" else 4096))
+        head_tokens=cfg.head_tokens or (512 if device == "cpu" else 4096),
+        micro_batch_tokens=cfg.micro_batch_tokens or (2048 if device == "cpu" else 32768))
 
 
 def parse_flags(argv):
@@ -271,9 +274,8 @@ class Engine:
         self.needs_kl, self.segmented = "chosen_seq_kl" in self.needs, "chosen_rewards" in self.needs
         compiled = torch.compile if cfg.compile else lambda function, **_: function
         self.trunk, self.head = compiled(policy), compiled(head, dynamic=True)  # the policy stays eager
-        large_kl = self.needs_kl and policy.config.vocab_size > 10_000
-        if cfg.compile is None and large_kl and shutil.which("g++"):
-            self.head = torch.compile(head, dynamic=True)  # a few passes over the logits in place of twenty
+        if cfg.compile is None and policy.config.vocab_size > 10_000 and shutil.which("g++"):
+            self.head = torch.compile(head, dynamic=True)  # fewer passes over the logits, and copies
         self.ref_trunk = compiled(reference) if reference else None
         self.stores = {}  # split -> Store; without one the reference is live
         if self.segmented:
@@ -384,6 +386,12 @@ class Store:
         return torch.from_numpy(values).view(self.dtype)
 
 
+def micro_batches(cfg, pairs, index=None):
+    """The micro-batches of some pairs, or of all."""
+    index = np.arange(len(pairs)) if index is None else index
+    return data.micro_batches(pairs, index, cfg.micro_batch_size, cfg.micro_batch_tokens)
+
+
 def first_reads(pairs, cfg):
     """The micro-batches in which training first reads each pair. The reference is evaluated in these, so that
     its numbers do not depend, not by a rounding, on --steps or on where the run was resumed."""
@@ -392,7 +400,7 @@ def first_reads(pairs, cfg):
         index = data.step_indices(len(pairs), cfg.batch_size, cfg.seed, step)
         index = np.unique(index[~seen[index]])
         seen[index] = True
-        micros += data.micro_batches(pairs, index, cfg.micro_batch_size)
+        micros += micro_batches(cfg, pairs, index)
         if seen.all():
             break
     return micros
@@ -491,7 +499,7 @@ def metrics_of(engine, rows, n_tokens):
 
 @torch.no_grad()
 def evaluate(engine, pairs):
-    micros = data.micro_batches(pairs, np.arange(len(pairs)), engine.cfg.micro_batch_size)
+    micros = micro_batches(engine.cfg, pairs)
     rows = ranks.gather([engine.run_pairs(pairs, micro, "val")
                          for micro, _ in ranks.share(micros, engine.policy)], len(pairs))
     ranks.reshard(engine.policy)
@@ -615,10 +623,6 @@ def bar(items, name, *sizes, **options):
     return tqdm(items, name, *sizes, **options, disable=ranks.rank() > 0)
 
 
-def vocab_multiple(cfg):
-    return 1 if cfg.device == "cpu" else 64  # GPUs multiply aligned matrices faster
-
-
 def load_tokenizer(cfg):
     """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
     files = ("vocab.json", "encoder.json", "tokenizer.json", "tokenizer.tiktoken")
@@ -635,7 +639,7 @@ def load_tokenizer(cfg):
 def load_model(flag, cfg, tokenizer):
     """The model of --init or --ref, checked against the tokenizer, the flags and the data's positions."""
     name = getattr(cfg, flag)
-    model = GPT.from_pretrained(name, vocab_multiple=vocab_multiple(cfg))
+    model = GPT.from_pretrained(name, vocab_multiple=ALIGN)
     c = model.config
     if c.vocab_size != tokenizer.vocab_size:
         raise ConfigError(f"--{flag} {name}: has {c.vocab_size} token ids, the tokenizer "
@@ -744,7 +748,7 @@ def set_up(cfg, nested):
         policy = load_model("init", cfg, tokenizer)
     elif policy is None:
         torch.manual_seed(cfg.seed)
-        policy = GPT(sizes, vocab_multiple=vocab_multiple(cfg))
+        policy = GPT(sizes, vocab_multiple=ALIGN)
         policy.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
     c = policy.config
     cfg = dataclasses.replace(cfg, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
@@ -796,7 +800,7 @@ def train(cfg, nested=False):
         runs.write_json(folder / "run.json", run)
         log = runs.Log(folder / "log.jsonl", start, run | header(cfg, engine, pairs, val, start))
         if engine.reference:
-            of_val = data.micro_batches(val, np.arange(len(val)), cfg.micro_batch_size)
+            of_val = micro_batches(cfg, val)
             store_reference(engine, pairs, first_reads(pairs, cfg), "train", folder, identity["ref"])
             store_reference(engine, val, of_val, "val", folder, identity["ref"])
             if len(engine.stores) == 2:
@@ -823,7 +827,7 @@ def train(cfg, nested=False):
             index = data.step_indices(len(pairs), cfg.batch_size, cfg.seed, step - 1)
             n_tokens = int(pairs.rows[index, 2].sum())  # of the chosen responses
             scale = 1 / (n_tokens if cfg.loss == "sft" else len(index))  # the one division of the whole step
-            micros = data.micro_batches(pairs, index, cfg.micro_batch_size)
+            micros = micro_batches(cfg, pairs, index)
             rows = ranks.gather([engine.run_pairs(pairs, micro, "train", scale * weight)
                                  for micro, weight in ranks.share(micros, policy)], len(index))
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)

@@ -84,7 +84,8 @@ def make_weights(o, folder):
 
 
 def load(o):
-    model = GPT.from_pretrained(o.folder, vocab_multiple=1 if o.device == "cpu" else 64)
+    ours = o.side == "ours"  # which has an aligned table; the others have the vocabulary as it is
+    model = GPT.from_pretrained(o.folder, vocab_multiple=train.ALIGN if ours or o.device != "cpu" else 1)
     return model.to(o.device, torch.float64 if o.dtype == "float64" else torch.float32)
 
 
@@ -151,18 +152,19 @@ def ours(o, pairs, loaded):
     train.tune_allocator()
     cfg = train.fill_defaults(train.Config(
         loss=o.loss, device=o.device, dtype=o.dtype, compile=o.compile, head_tokens=o.head_tokens,
-        batch_size=o.pairs, micro_batch_size=o.micro or o.pairs, ref_cache=not o.live, out_dir=o.folder))
+        batch_size=o.pairs, **({"micro_batch_size": o.micro, "micro_batch_tokens": 10**9} if o.micro else {}),
+        ref_cache=not o.live, out_dir=o.folder))
     policy, reference = load(o), load(o).requires_grad_(False)
     engine = (Profiled if o.profile else train.Engine)(cfg, policy, reference)
     loaded(0 if o.live else sum(p.numel() * p.element_size() for p in reference.h.parameters()))
-    micros = data.micro_batches(pairs, np.arange(len(pairs)), cfg.micro_batch_size)
+    micros = train.micro_batches(cfg, pairs)
     train.store_reference(engine, pairs, micros, "train", Path(o.folder), "throughput")
     if engine.stores:
         reference.h = engine.ref_trunk = None  # as train.py does
     optimizer = adamw(policy)
 
     def step(index):
-        micros = data.micro_batches(pairs, index, cfg.micro_batch_size)
+        micros = train.micro_batches(cfg, pairs, index)
         rows = [engine.run_pairs(pairs, micro, "train", 1 / len(index)) for micro in micros]
         start = time.perf_counter()
         finish_step(policy, optimizer)
@@ -440,18 +442,20 @@ def profile(o):
     for name, seconds in parts.items():
         say(o, f"{name:16}{seconds * 1e3:10.2f} ms{seconds / total:8.1%}")
     head_memory = max(a["head_memory"] for a in answers)
-    say(o, f"head and loss: at most {head_memory / 1e9:.2f} GB more than before them")
+    seconds, last = median([a["seconds"] for a in answers]), answers[-1]
+    say(o, f"step {seconds:.3f} s; at most {last['memory'] / 1e9:.2f} GB over the weights, in all "
+        f"{last['peak'] / 1e9:.2f} GB; head and loss {head_memory / 1e9:.2f} GB over what they find")
 
     pairs, clock = make_pairs(o), time.perf_counter()
     for number in range(20):
-        for micro in data.micro_batches(pairs, batch_index(o, number), o.micro or o.pairs):
+        for micro in data.micro_batches(pairs, batch_index(o, number), 4):
             data.collate([pairs[i] for i in micro], multiple=64)
     prepared = 20 * o.pairs / (time.perf_counter() - clock)
     trunk = o.pairs / (parts["trunk forward"] + parts["trunk backward"])
     say(o, f"data: one core prepares {prepared:.0f} pairs/s, {prepared / trunk:.0f} x what the trunk takes "
         f"({trunk:.1f} pairs/s)")
-    return {"parts": parts, "head_memory": head_memory, "prepared_pairs_per_s": prepared,
-            "trunk_pairs_per_s": trunk}
+    return {"parts": parts, "seconds": seconds, "memory": last["memory"], "head_memory": head_memory,
+            "prepared_pairs_per_s": prepared, "trunk_pairs_per_s": trunk}
 
 
 def scaling(o):
@@ -527,7 +531,7 @@ def parse(argv):
     flag.add_argument("--lengths", choices=LENGTHS, default="long")
     flag.add_argument("--vocab", type=int, default=50257)
     flag.add_argument("--pairs", type=int, default=8, help="in a step")
-    flag.add_argument("--micro", type=int, help="our micro-batch, pairs; default all of the step's")
+    flag.add_argument("--micro", type=int, help="our micro-batch, pairs; default: train.py's, by tokens")
     flag.add_argument("--batches", type=int, default=5, help="different batches, taken in turn")
     flag.add_argument("--layers", type=int, help="instead of the size's")
     flag.add_argument("--length_times", type=int, default=1, help="responses this many times as long")

@@ -189,6 +189,7 @@ FLAGS = [
     ("--beta nan", "--beta nan: must be greater than 0"),
     ("--batch_size 0", "--batch_size 0: must be at least 1"),
     ("--micro_batch_size 0", "--micro_batch_size 0: must be at least 1"),
+    ("--micro_batch_tokens 0", "--micro_batch_tokens 0: must be at least 1"),
     ("--warmup_steps -1", "--warmup_steps -1: must be at least 0"),
     ("--weight_decay -0.1", "--weight_decay -0.1: must be at least 0"),
     ("--weight_decay nan", "--weight_decay nan: must be at least 0"),

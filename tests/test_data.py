@@ -641,6 +641,14 @@ def test_micro_batches_hold_the_same_pairs_longest_first():
         assert Counter(flat.tolist()) == Counter(index.tolist())
         assert (np.diff(pairs.lengths[flat]) <= 0).all()
         assert [len(m) for m in micro[:-1]] == [size] * (len(micro) - 1) and 0 < len(micro[-1]) <= size
+    assert pairs.lengths[index].max() < 100
+    for tokens in (1, 100, 250):  # rows x longest stays within the tokens, or the micro-batch is one pair
+        micro = data.micro_batches(pairs, index, 6, tokens)
+        assert np.concatenate(micro).tolist() == flat.tolist()
+        padded = [len(m) * pairs.lengths[m].max() for m in micro]
+        assert all(n <= tokens or len(m) == 1 for n, m in zip(padded, micro, strict=True))
+        for m, n, following in zip(micro, padded, micro[1:], strict=False):  # and takes all that fit
+            assert len(m) == 6 or n + pairs.lengths[m].max() > tokens, (m, following)
 
 
 def test_no_prompt_is_both_held_out_and_trained_on_and_every_pair_is_somewhere():

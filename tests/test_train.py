@@ -520,9 +520,9 @@ def test_a_compiled_run_gives_the_numbers_of_an_eager_one_to_rounding(model_a, m
 
 
 @pytest.mark.parametrize("loss, vocab_size, compile, compiled", [
-    ("tdpo2", 10_001, None, ["head"]), ("tdpo1", 10_000, None, []), ("dpo", 10_001, None, []),
+    ("tdpo2", 10_001, None, ["head"]), ("tdpo1", 10_000, None, []), ("dpo", 10_001, None, ["head"]),
     ("tdpo2", 10_001, False, []), ("dpo", 257, True, ["GPT", "head", "GPT"])])
-def test_on_the_cpu_only_the_head_of_tdpo_over_a_large_vocabulary_is_compiled_by_itself(
+def test_on_the_cpu_only_the_head_of_a_large_vocabulary_is_compiled_by_itself(
         loss, vocab_size, compile, compiled, pairs, monkeypatch):
     """And not where there is no compiler."""
     seen = []
@@ -754,9 +754,9 @@ def test_defaults_are_the_papers_by_loss():
         assert (cfg.beta, cfg.lam, cfg.alpha) == values, loss
         given = train.fill_defaults(Config(loss=loss, out_dir="x", beta=2.0, steps=9))
         assert (given.beta, given.steps) == (2.0, 9)
-    for device, machine in (("cpu", ("float32", None, 512)), ("cuda", ("bfloat16", True, 4096))):
+    for device, machine in (("cpu", ("float32", None, 512, 2048)), ("cuda", ("bfloat16", True, 4096, 32768))):
         cfg = train.fill_defaults(Config(out_dir="x", device=device))
-        assert (cfg.dtype, cfg.compile, cfg.head_tokens) == machine
+        assert (cfg.dtype, cfg.compile, cfg.head_tokens, cfg.micro_batch_tokens) == machine
 
 
 def test_with_init_equal_sizes_may_be_repeated_a_smaller_block_size_too_others_are_refused(
