@@ -118,6 +118,12 @@ def sample(args):
         raise ConfigError("--response: goes with --heat")
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
+    if not args.temperature >= 0:
+        raise ConfigError(f"--temperature {args.temperature}: must be at least 0")
+    if args.top_k is not None and args.top_k < 1:
+        raise ConfigError(f"--top_k {args.top_k}: must be at least 1")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ConfigError(f"--top_p {args.top_p}: must be greater than 0 and at most 1")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: no GPU that torch can use here; choose cpu")
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])

@@ -23,7 +23,6 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict, deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import health
 import losses
 import ranks
 import runs
@@ -100,7 +100,7 @@ class Config:
     device: str | None = None  # default: cuda where there is one, else cpu
     dtype: str | None = None  # float32, bfloat16 (autocast), float64; default bfloat16 on cuda, else float32
     compile: bool | None = None  # torch.compile; default on cuda; on the CPU the head of a large vocabulary
-    head_tokens: int | None = None  # response tokens whose logits exist at once; default 512, 4096 on cuda
+    head_tokens: int | None = None  # response tokens with logits at once; default: 2^25 logits, 2^28 on cuda
     ref_cache: bool = True  # evaluate the reference once and store its numbers
     ref_cache_gb: float = 8.0  # a larger store is not made: the reference then runs in every step
 
@@ -209,7 +209,6 @@ def fill_defaults(cfg):
     return dataclasses.replace(
         cfg, **filled, device=device, dtype=cfg.dtype or ("float32" if device == "cpu" else "bfloat16"),
         compile=cfg.compile if device == "cpu" or cfg.compile is not None else True,
-        head_tokens=cfg.head_tokens or (512 if device == "cpu" else 4096),
         micro_batch_tokens=cfg.micro_batch_tokens or (2048 if device == "cpu" else 32768))
 
 
@@ -252,6 +251,12 @@ def fail(message):
 # One micro-batch
 
 
+def micro_batches(cfg, pairs, index=None):
+    """The micro-batches of some pairs, or of all."""
+    index = np.arange(len(pairs)) if index is None else index
+    return data.micro_batches(pairs, index, cfg.micro_batch_size, cfg.micro_batch_tokens)
+
+
 def head(policy, hidden, target, reference=None, ref_hidden=None, with_kl=False):
     """Hidden states (N, C) of response tokens -> log pi, log pi_ref, KL(pi_ref || pi): each (N,) or None."""
     logits = policy.logits(hidden)  # (N, V); nothing of this size outlives a chunk
@@ -277,6 +282,8 @@ class Engine:
         if cfg.compile is None and policy.config.vocab_size > 10_000 and shutil.which("g++"):
             self.head = torch.compile(head, dynamic=True)  # fewer passes over the logits, and copies
         self.ref_trunk = compiled(reference) if reference else None
+        logits = 2**25 if cfg.device == "cpu" else 2**28  # 128 MB and 1 GB in float32
+        self.head_tokens = cfg.head_tokens or max(1, logits // policy.config.vocab_size)
         self.stores = {}  # split -> Store; without one the reference is live
         if self.segmented:
             A, like = len(score_maximum), {"device": cfg.device, "dtype": policy.wte.weight.dtype}
@@ -312,7 +319,7 @@ class Engine:
         ref_logps, ref_hidden = self.reference_of(split, index, batch)
         hidden = self.hidden(self.trunk, batch)  # (N, C)
         grad, chunks = torch.zeros_like(hidden), []
-        for first, end in batch.chunks(self.cfg.head_tokens):
+        for first, end in batch.chunks(self.head_tokens):
             n = slice(batch.starts[first], batch.starts[end])
             leaf = hidden[n].detach().requires_grad_(scale is not None)
             with self.precision():
@@ -386,12 +393,6 @@ class Store:
         return torch.from_numpy(values).view(self.dtype)
 
 
-def micro_batches(cfg, pairs, index=None):
-    """The micro-batches of some pairs, or of all."""
-    index = np.arange(len(pairs)) if index is None else index
-    return data.micro_batches(pairs, index, cfg.micro_batch_size, cfg.micro_batch_tokens)
-
-
 def first_reads(pairs, cfg):
     """The micro-batches in which training first reads each pair. The reference is evaluated in these, so that
     its numbers do not depend, not by a rounding, on --steps or on where the run was resumed."""
@@ -442,7 +443,7 @@ def store_reference(engine, pairs, micros, split, folder, ref_hash):
         for micro in bar(share, f"reference ({split})", unit=" batches", delay=2, leave=False):
             batch = engine.collate(pairs, micro)
             hidden = engine.hidden(engine.ref_trunk, batch)
-            for first, end in batch.chunks(cfg.head_tokens):
+            for first, end in batch.chunks(engine.head_tokens):
                 n = slice(batch.starts[first], batch.starts[end])
                 values = hidden[n]
                 if not of_hidden:
@@ -498,73 +499,29 @@ def metrics_of(engine, rows, n_tokens):
 
 
 @torch.no_grad()
-def evaluate(engine, pairs):
+def evaluate(engine, pairs, log=None, step=None):
+    """The metrics over held-out pairs, for the log too."""
     micros = micro_batches(engine.cfg, pairs)
     rows = ranks.gather([engine.run_pairs(pairs, micro, "val")
                          for micro, _ in ranks.share(micros, engine.policy)], len(pairs))
     ranks.reshard(engine.policy)
-    return metrics_of(engine, rows, int(pairs.rows[:, 2].sum()))
+    m = metrics_of(engine, rows, int(pairs.rows[:, 2].sum()))
+    if log:
+        log.write({"step": step} | {f"eval/{name}": value for name, value in m.items()})
+    return m
 
 
-def check_start(cfg, m):
-    """Where the policy is the reference, the loss is log 2 (N log 2 in Eq. 6) and every margin 0."""
-    expected = math.log(2) * m.get("segments/paired", 1)
-    tolerance = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]
-    if not (abs(m["loss"] - expected) <= tolerance and abs(m["rewards/margins"]) <= tolerance):  # NaN too
-        raise RunError(f"policy and reference are equal, yet the loss is {m['loss']:.6f}, not "
-                       f"{expected:.6f}, or the margin {m['rewards/margins']:.6f}, not 0: please report this")
-    name = "mean N log 2" if "segments/paired" in m else "log 2"
-    return f"loss {m['loss']:.4f} = {name}, margin {m['rewards/margins']:.4f}: the policy is the reference"
+def speed(engine, rows, seconds, rate):
+    """What the pairs with these rows, done in so many seconds, say of the machine; rate is its FLOP/s."""
+    rows = rows.copy()
+    if engine.cfg.loss == "sft":
+        rows[:, 3] = 0  # the rejected responses are not read
+    return {"pairs_per_s": len(rows) / seconds, "tokens_per_s": float(rows[:, 1:4].sum() / seconds),
+            "mfu": float(useful_flops(engine.policy.config, rows) / seconds / rate)}
 
 
-def largest_logratio(rows):
-    """Of a step: the largest |log pi/pi_ref| in nats (0 for SFT), the number of its pair, and the sum of the
-    losses."""
-    t = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}  # (B,)
-    ratios = [(t[f"{side}_logps"] - t.get(f"ref_{side}_logps", t[f"{side}_logps"])).abs()
-              for side in ("chosen", "rejected")]
-    ratio, which = torch.maximum(*ratios).max(0)  # NaN counts as the largest
-    numbers = torch.stack([ratio.double(), which.double(), t["loss"].sum().double()])
-    ratio, which, total = numbers.tolist()  # one wait for the device, not three
-    return ratio, int(which), total
-
-
-def is_spike(usual, value, least=0):
-    """Is a value above `least` and five times the median of the (up to 20) before it? It joins them."""
-    spike = len(usual) >= 10 and value > max(least, 5 * sorted(usual)[len(usual) // 2])
-    usual.append(value)
-    return spike
-
-
-def alarms(step, m):
-    """{name: one line} on numbers that usually mean a mistake."""
-    chosen, found = m.get("logratio/chosen", 0.0), {}
-    if "rewards/margins" in m and step >= 50 and m["rewards/margins"] == 0:
-        found["stuck"] = "the margin is still exactly 0: nothing is learned; is --lr far too small?"
-    if step <= 5 and m.get("rewards/accuracies", 0) == 1:
-        found["early"] = ("accuracy 1.0 this early: does something cheap give the answer away? "
-                          "See tools/doctor.py")
-    if chosen < -10:
-        found["unlearned"] = (f"chosen is {-chosen:.1f} nats below the reference, good answers are unlearned "
-                              "too: a smaller --lr or a larger --beta slows it, dpop is made against it")
-    return found
-
-
-def health(step, m, loss="dpo"):
-    """One line on what the numbers usually mean, or None."""
-    chosen, rejected = m.get("logratio/chosen", 0.0), m.get("logratio/rejected", 0.0)
-    for text in alarms(step, m).values():
-        return text
-    if rejected < chosen < 0:
-        why = {"dpo": ": expected in DPO, see DPOP", "dpop": ": the penalty lam is active"}.get(loss, "")
-        return f"rejected falls faster; chosen is {-chosen:.1f} nats below the reference{why}"
-    if rejected < 0 < chosen:
-        return f"chosen rises by {chosen:.1f} nats, rejected falls by {-rejected:.1f}"
-    if 0 < rejected < chosen:
-        return f"both rise, chosen faster: {chosen:.1f} and {rejected:.1f} nats above the reference"
-    if chosen < rejected:
-        return f"chosen {chosen:+.1f}, rejected {rejected:+.1f} nats: on average the rejected response gains"
-    return None
+# ---------------------------------------------------------------------------------------------------------
+# The machine
 
 
 def tune_allocator():
@@ -772,6 +729,16 @@ def set_up(cfg, nested):
 # The loop
 
 
+def accumulate(engine, pairs, index):
+    """Add the gradient of the mean loss of these pairs (SFT: per token) to the policy's. Returns the rows of
+    run_pairs and, in their order, the line of the file that each pair comes from."""
+    micros, n_tokens = micro_batches(engine.cfg, pairs, index), int(pairs.rows[index, 2].sum())
+    scale = 1 / (n_tokens if engine.cfg.loss == "sft" else len(index))  # the one division of the whole step
+    rows = [engine.run_pairs(pairs, micro, "train", scale * weight)
+            for micro, weight in ranks.share(micros, engine.policy)]
+    return ranks.gather(rows, len(index)), [pairs.where[i] for i in np.concatenate(micros)]
+
+
 def train(cfg, nested=False):
     """Run cfg to its end; returns the final metrics on the held-out pairs. nested: SFT of a preference run.
 
@@ -810,36 +777,23 @@ def train(cfg, nested=False):
         rate = matmul_rate(cfg.device, torch.bfloat16 if cfg.dtype == "bfloat16" else policy.wte.weight.dtype)
         rate *= ranks.world()
         if not state:
-            before = evaluate(engine, val)
-            log.write({"step": 0} | {f"eval/{name}": value for name, value in before.items()})
+            before = evaluate(engine, val, log, 0)
             if identity["ref"] and identity["ref"] == identity["init"]:
-                say(f"before the first step: {check_start(cfg, before)}")
+                say(f"before the first step: {health.check_start(cfg, before)}")
 
         if start == cfg.steps:  # a kill came between the last checkpoint and the result
             after = evaluate(engine, val)
 
-        def note(text):
+        def note(step, text):
             say(f"  {text}")
             log.write({"step": step, "note": text})
 
-        clock, seen, noted, usual = time.perf_counter(), [], set(), defaultdict(lambda: deque(maxlen=20))
+        watch, clock, seen = health.Watch(note), time.perf_counter(), []
         for step in bar(range(start + 1, cfg.steps + 1), cfg.loss, cfg.steps, initial=start, unit=" steps"):
             index = data.step_indices(len(pairs), cfg.batch_size, cfg.seed, step - 1)
-            n_tokens = int(pairs.rows[index, 2].sum())  # of the chosen responses
-            scale = 1 / (n_tokens if cfg.loss == "sft" else len(index))  # the one division of the whole step
-            micros = micro_batches(cfg, pairs, index)
-            rows = ranks.gather([engine.run_pairs(pairs, micro, "train", scale * weight)
-                                 for micro, weight in ranks.share(micros, policy)], len(index))
+            rows, where = accumulate(engine, pairs, index)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
-            norm = ranks.whole(norm).item()
-            ratio, which, total = largest_logratio(rows)
-            where = [pairs.where[i] for i in np.concatenate(micros)]
-            if not math.isfinite(norm + total):
-                raise RunError(unhealthy_step(step, rows, where, norm, ratio))
-            if is_spike(usual["norm"], norm):
-                note(f"step {step}: the gradient norm jumps to {norm:.2f}")
-            if is_spike(usual["ratio"], ratio, least=10):
-                note(f"step {step}: the largest log-ratio jumps to {ratio:.1f} nats, {where[which]}")
+            norm = watch.before_update(step, rows, ranks.whole(norm), where)
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1, step / max(1, cfg.warmup_steps))
             optimizer.step()
@@ -847,32 +801,23 @@ def train(cfg, nested=False):
             seen.append(index)
 
             if step % cfg.log_every == 0 or step in (1, cfg.steps):
-                done, seconds = pairs.rows[np.concatenate(seen)], time.perf_counter() - clock
-                if cfg.loss == "sft":
-                    done[:, 3] = 0  # the rejected responses are not read
-                m = metrics_of(engine, rows, n_tokens) | {
-                    "grad_norm": norm, "lr": group["lr"], "pairs_per_s": len(done) / seconds,
-                    "tokens_per_s": float(done[:, 1:4].sum() / seconds),
-                    "mfu": float(useful_flops(policy.config, done) / seconds / rate),
-                    "peak_memory": peak_memory(cfg.device)}
+                m = metrics_of(engine, rows, int(pairs.rows[index, 2].sum()))
+                m |= {"grad_norm": norm, "lr": group["lr"], "peak_memory": peak_memory(cfg.device)}
+                m |= speed(engine, pairs.rows[np.concatenate(seen)], time.perf_counter() - clock, rate)
                 log.write({"step": step} | m)
                 say(line_of(step, m))
-                for name, text in alarms(step, m).items():
-                    if name not in noted:  # once a run: they do not pass by themselves
-                        note(text)
-                        noted.add(name)
+                watch.after_log(step, m)
                 clock, seen = time.perf_counter(), []
             paused, stopped = time.perf_counter(), ranks.agree(signals)
             last = step == cfg.steps or bool(stopped)
             if last or cfg.eval_every and step % cfg.eval_every == 0:
-                after = evaluate(engine, val)
-                log.write({"step": step} | {f"eval/{name}": value for name, value in after.items()})
+                after = evaluate(engine, val, log, step)
                 if not math.isfinite(after["loss"]):
                     raise RunError(f"step {step}: the held-out loss is {after['loss']} after the update; not "
                                    "saved, the checkpoints are intact; is --lr far too large?")
                 if cfg.loss != "sft":
                     say(f"  held-out: loss {after['loss']:.4f}, accuracy {after['rewards/accuracies']:.3f}; "
-                        f"{health(step, after, cfg.loss) or 'no remark'}")
+                        f"{health.verdict(step, after, cfg.loss)}")
             if last or cfg.save_every and step % cfg.save_every == 0:
                 runs.save_checkpoint(folder, step, policy, optimizer, identity,
                                      {"before": before, "after": after})
@@ -919,13 +864,15 @@ def finish_on_signal():
 
 def device_name(device):
     if device == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
     return torch.cuda.get_device_name(device)
 
 
 def header(cfg, engine, pairs, val, start):
     """The rest of what is needed to repeat the run: the first record of log.jsonl."""
-    parameters = sum(p.numel() for p in engine.policy.parameters())
+    policy = engine.policy
+    padding = (policy.wte.num_embeddings - policy.config.vocab_size) * policy.config.n_embd
+    parameters = sum(p.numel() for p in policy.parameters()) - padding
     device = f"{ranks.world()} ranks, " * (ranks.world() > 1) + device_name(cfg.device)
     say(f"{cfg.loss}: {parameters:,} parameters, {len(pairs)} pairs, {cfg.steps} steps of {cfg.batch_size}, "
         f"{device}, {cfg.dtype}" + f", going on after step {start}" * bool(start))
@@ -940,15 +887,6 @@ def line_of(step, m):
         line += (f"  acc {m['rewards/accuracies']:.2f}  margin {m['rewards/margins']:+.3f}  "
                  f"log-ratio chosen {m['logratio/chosen']:+.2f} rejected {m['logratio/rejected']:+.2f}")
     return line + f"  |grad| {m['grad_norm']:.2f}  {m['pairs_per_s']:.0f} pairs/s"
-
-
-def unhealthy_step(step, rows, where, norm, ratio):
-    """Why a run stopped before an update that would have destroyed it; names the pairs with a bad loss."""
-    loss = torch.cat([row["loss"] for row in rows])  # (B,)
-    bad = [place for place, ok in zip(where, loss.isfinite().tolist(), strict=True) if not ok] or where
-    return (f"step {step}: mean loss {loss.mean().item():g}, gradient norm {norm:g}; stopped before the "
-            f"update, the checkpoints are intact. Largest log-ratio: {ratio:.1f} nats. "
-            f"Pairs: {', '.join(bad[:8])}" + f" and {len(bad) - 8} more" * (len(bad) > 8))
 
 
 TABLE = {  # metric -> its name in the final table

@@ -8,6 +8,7 @@ subtracts it. All losses have the same beta, so that columns compare; g = beta s
 The script stops if a closed form is off by more than 1e-12.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -192,4 +193,5 @@ TDPO2   dL/dK_w is 0, the stop-gradient, so the rejected KL's pull g alpha (s - 
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # it takes none
     main()

@@ -64,9 +64,9 @@ def test_the_metrics_in_the_readme_are_those_that_are_logged():
     section = README[README.index("## What is logged"):README.index("## Differences")]
     cells = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
     named = set(re.findall(r"`([\w/]+)`", "".join(cells)))
-    source = inspect.getsource(train.metrics_of) + inspect.getsource(train.train)
+    source = "".join(map(inspect.getsource, (train.metrics_of, train.speed, train.train)))
     written = set(re.findall(r'"((?:rewards|logps|logratio|kl|segments)/\w+|loss)"', source))
-    written |= set(re.findall(r'"(\w+)": (?:norm|group|len\(done\)|float\(|peak_memory)', source))
+    written |= set(re.findall(r'"(\w+)": (?:norm|group|len\(rows\)|float\(|peak_memory)', source))
     assert named == written
 
 

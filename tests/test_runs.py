@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
+import health
 import runs
 import train
 from model import GPT, GPTConfig
@@ -737,35 +738,35 @@ def test_a_model_with_a_weight_that_is_not_finite_is_refused(flag, here):
 def test_a_start_whose_loss_is_nan_does_not_pass_for_log_2():
     cfg = train.Config(dtype="float32")
     with pytest.raises(RunError, match="policy and reference are equal, yet"):
-        train.check_start(cfg, {"loss": math.nan, "rewards/margins": 0.0})
+        health.check_start(cfg, {"loss": math.nan, "rewards/margins": 0.0})
 
 
 def test_a_spike_is_five_times_the_median_of_at_least_ten_steps_before_it():
     usual = deque(maxlen=20)
-    assert not any(train.is_spike(usual, x) for x in [100.0] + 9 * [1.0])  # nothing to compare with yet
-    assert not train.is_spike(usual, 4.9) and train.is_spike(usual, 5.1)
-    assert not train.is_spike(usual, 9.9, least=10) and train.is_spike(usual, 10.1, least=10)
+    assert not any(health.is_spike(usual, x) for x in [100.0] + 9 * [1.0])  # nothing to compare with yet
+    assert not health.is_spike(usual, 4.9) and health.is_spike(usual, 5.1)
+    assert not health.is_spike(usual, 9.9, least=10) and health.is_spike(usual, 10.1, least=10)
 
 
 def test_the_largest_log_ratio_is_that_of_either_response_and_nan_is_the_largest():
     rows = [{"chosen_logps": torch.tensor([-1.0, -2.0]), "ref_chosen_logps": torch.tensor([-1.0, -3.0]),
              "rejected_logps": torch.tensor([-9.0, -2.0]), "ref_rejected_logps": torch.tensor([-2.0, -2.5]),
              "loss": torch.tensor([0.5, 0.25])}]
-    assert train.largest_logratio(rows) == (7.0, 0, 0.75)
+    assert health.largest_logratio(rows) == (7.0, 0, 0.75)
     rows[0]["chosen_logps"][1] = math.nan
-    ratio, which, _ = train.largest_logratio(rows)
+    ratio, which, _ = health.largest_logratio(rows)
     assert math.isnan(ratio) and which == 1
-    assert train.largest_logratio([{k: v for k, v in rows[0].items() if "ref" not in k}])[0] is not None
+    assert health.largest_logratio([{k: v for k, v in rows[0].items() if "ref" not in k}])[0] is not None
 
 
 def test_a_jump_of_the_gradient_norm_or_of_a_log_ratio_is_logged_with_its_step(here, monkeypatch, capsys):
-    real, calls = train.largest_logratio, []
+    real, calls = health.largest_logratio, []
 
     def largest(rows):
         calls.append(None)
         ratio, which, total = real(rows)
-        return (55.0 if len(calls) == 14 else ratio), which, total
-    monkeypatch.setattr(train, "largest_logratio", largest)
+        return (torch.tensor(55.0) if len(calls) == 14 else ratio), which, total
+    monkeypatch.setattr(health, "largest_logratio", largest)
     poison(monkeypatch, 12, spoil_gradient(1e6))
     go(steps=15, lr=1e-5, save_every=0)
     notes = [(r["step"], r["note"]) for r in records(Path("run")) if "jumps" in r.get("note", "")]
@@ -782,8 +783,8 @@ def test_a_jump_of_the_gradient_norm_or_of_a_log_ratio_is_logged_with_its_step(h
     (30, {"rewards/margins": 0.1, "logratio/chosen": -10.1}, "unlearned"),
 ])
 def test_numbers_that_usually_mean_a_mistake_raise_one_alarm_each(step, numbers, name):
-    assert train.alarms(step, numbers).keys() == {name}
-    assert train.health(step, numbers) == train.alarms(step, numbers)[name]
+    assert health.alarms(step, numbers).keys() == {name}
+    assert health.verdict(step, numbers) == health.alarms(step, numbers)[name]
 
 
 @pytest.mark.parametrize("step, numbers", [
@@ -793,11 +794,11 @@ def test_numbers_that_usually_mean_a_mistake_raise_one_alarm_each(step, numbers,
     (30, {"rewards/margins": 0.1, "logratio/chosen": -9.9}),
 ])
 def test_numbers_beside_those_raise_none(step, numbers):
-    assert not train.alarms(step, numbers)
+    assert not health.alarms(step, numbers)
 
 
 def test_an_alarm_of_the_training_steps_is_said_and_logged_once(here, monkeypatch, capsys):
-    monkeypatch.setattr(train, "alarms", lambda step, m: {"x": f"look at {step}"} if step > 2 else {})
+    monkeypatch.setattr(health, "alarms", lambda step, m: {"x": f"look at {step}"} if step > 2 else {})
     go(eval_every=0)
     assert [r["note"] for r in records(Path("run")) if "note" in r] == ["look at 3"]
     assert capsys.readouterr().out.count("  look at 3\n") == 1

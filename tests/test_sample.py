@@ -94,7 +94,7 @@ def test_prompts_come_from_flags_files_and_stdin(run, tmp_path, capsys, monkeypa
     (["--prompt", "x", "--response", "y"], "--response: goes with --heat"),
     (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
     (["--prompt", "x", "--max_new_tokens", "48"], "the answer may take all of block_size 48"),
-    (["--prompt", "x", "--temperature", "-1", "--max_new_tokens", "2"], "needs temperature >= 0"),
+    (["--prompt", "x", "--temperature", "-1", "--max_new_tokens", "2"], "--temperature -1.0: must be"),
     (["--prompt", "x", "--ref", "nowhere"], "nowhere/config.json"),
     (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: No such file"),
     (["--prompt", "x", "--colour"], "unrecognized arguments: --colour"),

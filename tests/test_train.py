@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import health
 import losses
 import runs
 import train
@@ -183,7 +184,10 @@ def read_log(folder):
 def step_gradient(folder, step=1):
     """The gradient that AdamW was given in the first step: its first moment is (1 - 0.9) times that."""
     tensors = load_file(folder / "checkpoints" / f"step-{step:07}.safetensors")
-    return {name[8:]: m / (1 - 0.9) for name, m in tensors.items() if name.startswith("exp_avg.")}
+    gradient = {name[8:]: m / (1 - 0.9) for name, m in tensors.items() if name.startswith("exp_avg.")}
+    rows = gradient["wte.weight"]
+    assert rows.shape[0] % train.ALIGN == 0 and not rows[BYTES.vocab_size:].any()  # nothing moves the padding
+    return gradient | {"wte.weight": rows[:BYTES.vocab_size]}
 
 
 def weights(folder):
@@ -460,12 +464,12 @@ def test_check_start_raises_when_loss_or_margin_is_off():
         for n in (1, 2.5):
             right = {"loss": n * math.log(2), "rewards/margins": 0.0}
             right |= {"segments/paired": n} if n != 1 else {}
-            assert f"loss {n * math.log(2):.4f} = " in train.check_start(cfg, right)
+            assert f"loss {n * math.log(2):.4f} = " in health.check_start(cfg, right)
             for name in ("loss", "rewards/margins"):
                 for sign in (-1, 1):
-                    train.check_start(cfg, right | {name: right[name] + 0.9 * sign * tolerance})
+                    health.check_start(cfg, right | {name: right[name] + 0.9 * sign * tolerance})
                     with pytest.raises(RunError, match="policy and reference are equal, yet the loss is"):
-                        train.check_start(cfg, right | {name: right[name] + 1.1 * sign * tolerance})
+                        health.check_start(cfg, right | {name: right[name] + 1.1 * sign * tolerance})
 
 
 def test_a_run_stops_where_the_start_is_off(model_a, model_b, tmp_path, monkeypatch, capsys):
@@ -499,6 +503,32 @@ def test_sft_learns_the_chosen_responses(tmp_path):
                              n_head=2, n_embd=16, block_size=64)
     assert evals[0]["eval/loss"] == pytest.approx(math.log(257), abs=0.1)
     assert metrics["loss"] < 0.5 * evals[0]["eval/loss"]
+
+
+def test_the_head_has_as_many_tokens_as_its_logits_have_room_for(pairs):
+    """However large the vocabulary: 2^25 logits, 128 MB in float32, unless --head_tokens says otherwise."""
+    for vocab_size, tokens in ((257, 2**25 // 257), (50257, 667)):
+        models = [small(seed, vocab_size=vocab_size, n_embd=8) for seed in (0, 1)]
+        assert make_engine("dpo", pairs, models=models, head_tokens=None).head_tokens == tokens
+        assert make_engine("dpo", pairs, models=models, head_tokens=7).head_tokens == 7
+
+
+@pytest.mark.parametrize("loss", ["dpo", "tdpo2"])
+def test_a_step_waits_for_the_device_once(loss, model_a, tmp_path, monkeypatch):
+    """Steps that are neither logged nor evaluated: two more of them read two results more."""
+    calls, counts = [], []
+
+    def counted(real):
+        return lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    monkeypatch.setattr(train, "report", lambda *_: None)  # its answers have lengths of their own
+    for steps in (3, 5):
+        calls.clear()
+        run(tmp_path, loss, init=model_a, steps=steps, log_every=100, micro_batch_size=3, ref_cache=False)
+        counts.append(len(calls))
+    assert counts[1] - counts[0] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -609,6 +639,8 @@ def test_the_first_record_holds_what_repeats_the_run(model_a, tmp_path):
     assert head["torch"] == torch.__version__ and head["python"] == ".".join(map(str, sys.version_info[:3]))
     assert head["device"].startswith("CPU, ")
     expected = runs.weights_hash(GPT.from_pretrained(model_a))
+    assert expected == runs.weights_hash(GPT.from_pretrained(model_a, train.ALIGN))
+    assert head["parameters"] == sum(w.numel() for w in weights(model_a).values())  # without the padding
     assert head["identity"]["ref"] == head["identity"]["init"] == expected
     assert head["identity"]["tokenizer"] == BYTES.hash and len(head["identity"]["data"]) == 64
     assert (head["pairs"], head["held_out"], head["score_maximum"]) == (8, 8, [4.0, 2.0])
@@ -630,8 +662,8 @@ def test_log_and_evaluation_come_at_the_steps_asked_for(model_a, tmp_path):
 ])
 def test_the_health_line_says_why_the_margin_is_what_it_is(step, chosen, rejected, margin, words):
     m = {"logratio/chosen": chosen, "logratio/rejected": rejected, "rewards/margins": margin}
-    assert words in train.health(step, m) and train.health(9, {}) is None
-    assert "tools/doctor.py" in train.health(5, m | {"rewards/accuracies": 1})
+    assert words in health.verdict(step, m) and health.verdict(9, {}) == "no remark"
+    assert "tools/doctor.py" in health.verdict(5, m | {"rewards/accuracies": 1})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -754,9 +786,9 @@ def test_defaults_are_the_papers_by_loss():
         assert (cfg.beta, cfg.lam, cfg.alpha) == values, loss
         given = train.fill_defaults(Config(loss=loss, out_dir="x", beta=2.0, steps=9))
         assert (given.beta, given.steps) == (2.0, 9)
-    for device, machine in (("cpu", ("float32", None, 512, 2048)), ("cuda", ("bfloat16", True, 4096, 32768))):
+    for device, machine in (("cpu", ("float32", None, 2048)), ("cuda", ("bfloat16", True, 32768))):
         cfg = train.fill_defaults(Config(out_dir="x", device=device))
-        assert (cfg.dtype, cfg.compile, cfg.head_tokens, cfg.micro_batch_tokens) == machine
+        assert (cfg.dtype, cfg.compile, cfg.micro_batch_tokens) == machine
 
 
 def test_with_init_equal_sizes_may_be_repeated_a_smaller_block_size_too_others_are_refused(
@@ -828,11 +860,11 @@ def test_a_run_gets_a_folder_of_its_own_and_the_sft_reference_is_reused_only_whe
 def test_the_health_line_speaks_of_the_loss_that_is_trained():
     """DPO's user is told of DPOP; DPOP's of its penalty; and where rejected gains, that is said."""
     falling = {"logratio/chosen": -2.0, "logratio/rejected": -5.0}
-    assert "see DPOP" in train.health(9, falling) and "penalty" in train.health(9, falling, "dpop")
-    assert train.health(9, falling, "tdpo2").endswith("2.0 nats below the reference")
+    assert "see DPOP" in health.verdict(9, falling) and "penalty" in health.verdict(9, falling, "dpop")
+    assert health.verdict(9, falling, "tdpo2").endswith("2.0 nats below the reference")
     for chosen, rejected in ((-5.0, -2.0), (-1.0, 1.0), (1.0, 2.0)):
         worse = {"logratio/chosen": chosen, "logratio/rejected": rejected}
-        assert "the rejected response gains" in train.health(9, worse)
+        assert "the rejected response gains" in health.verdict(9, worse)
 
 
 def test_missing_data_are_named_before_the_tokenizer_is_looked_for(capsys):
