@@ -461,8 +461,8 @@ def profile(o):
 def scaling(o):
     """Time and head memory of our step when one thing doubles, and doubles again. On a CPU the time is that
     of all threads: other processes lengthen it less."""
-    start = {"vocab": 16384, "length_times": 1, "pairs": 4, "layers": 4}
-    o.profile, o.micro, o.lengths = True, 4, "short" if o.lengths == "long" else o.lengths
+    start = {"vocab": 16384, "length_times": 1, "pairs": 16, "layers": 4}
+    o.profile, o.lengths = True, "short" if o.lengths == "long" else o.lengths
     result = {}
     for name, base in start.items():
         for times in (1, 2, 4):
@@ -561,8 +561,9 @@ def main(argv=None):
         return work(argparse.Namespace(**json.loads(o.work)))
     here = where(o)
     (p0, p1), (r0, r1) = LENGTHS[o.lengths]
-    say(o, f"{o.loss}, {o.size}, vocabulary {o.vocab}, {o.pairs} pairs of {p0}...{p1} + {r0}...{r1} tokens, "
-        f"{o.dtype}\n" + ", ".join(f"{key} {value}" for key, value in here.items()))
+    step = f"vocabulary {o.vocab}, {o.pairs} pairs of {p0}...{p1} + {r0}...{r1} tokens, " * (not o.scaling)
+    machine = ", ".join(f"{key} {value}" for key, value in here.items())
+    say(o, f"{o.loss}, {o.size}, {step}{o.dtype}\n{machine}")
     result = (scaling if o.scaling else profile if o.profile else compare)(o)
     if o.json:
         print(json.dumps({"options": vars(o), "where": here} | result, indent=1))
