@@ -85,15 +85,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. vocab_multiple rounds the embedding table up (64 is faster on GPUs): the extra rows are
-    never looked up, scored, sampled or saved.
+    """The decoder. vocab_multiple rounds the embedding table up (a multiple of 64 is faster): the extra
+    rows are 0, and never looked up, scored, sampled or saved.
     """
 
     def __init__(self, config, vocab_multiple=1):
         super().__init__()
         self.config = config
-        rows = math.ceil(config.vocab_size / vocab_multiple) * vocab_multiple
-        self.wte = nn.Embedding(rows, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -102,6 +101,9 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() == 2:  # 0.02 as GPT-2; the 2 n_layer projections into the residual start smaller
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+        padding = -config.vocab_size % vocab_multiple  # last: the same seed draws the same weights without it
+        self.wte.weight = nn.Parameter(F.pad(self.wte.weight.detach(), (0, 0, 0, padding)))
+        self.wte.num_embeddings += padding
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
         """Hidden states after the final LayerNorm: tokens (B, T) -> (B, T, C).

@@ -99,8 +99,9 @@ def unshard(model):
 def share(micros, model):
     """The micro-batches of a step -> (micro-batch, weight) of this rank, the same number on every rank.
 
-    Each rank takes every world-th pair, longest first. A short share ends with a stand-in of weight 0, which
-    takes part in the communication. Gradients are reduced in the last backward.
+    Each rank takes every world-th pair, longest first, as many at once as the first micro-batch has. A short
+    share ends with a stand-in of weight 0, which takes part in the communication. Gradients are reduced in
+    the last backward.
     """
     if world() == 1:
         yield from ((micro, 1) for micro in micros)

@@ -1,4 +1,4 @@
-"""The folder of a run: lock, log, checkpoints. safetensors and JSON only; imports nothing of ours.
+"""The folder of a run: lock, log, checkpoints. safetensors and JSON only; imports only ranks of ours.
 
     run.json            what the run is: config, identity (hashes of what determines its numbers), finished
     log.jsonl           one record a line, the first says how to repeat the run

@@ -73,8 +73,8 @@ class Config:
     # optimization
     steps: int | None = None  # optimizer steps; default 40, sft 150
     batch_size: int = 64  # pairs in an optimizer step
-    micro_batch_size: int = 16  # pairs in a forward pass: changes the memory, not the gradient
-    micro_batch_tokens: int | None = None  # and tokens in it, with padding; default 2048, 32768 on cuda
+    micro_batch_size: int = 16  # most pairs in a forward pass: changes the memory, not the gradient
+    micro_batch_tokens: int | None = None  # most tokens of their padded rows; default 2048, 32768 on cuda
     lr: float | None = None  # AdamW's learning rate; default 5e-5, sft 2e-3: for small models from scratch
     warmup_steps: int = 10  # of linear warm-up; constant after it, so that --steps may grow
     weight_decay: float = 0.0  # of matrices; biases and LayerNorm have none
@@ -279,7 +279,8 @@ class Engine:
         self.needs_kl, self.segmented = "chosen_seq_kl" in self.needs, "chosen_rewards" in self.needs
         compiled = torch.compile if cfg.compile else lambda function, **_: function
         self.trunk, self.head = compiled(policy), compiled(head, dynamic=True)  # the policy stays eager
-        if cfg.compile is None and policy.config.vocab_size > 10_000 and shutil.which("g++"):
+        large = policy.config.vocab_size > 10_000 and ranks.world() == 1
+        if cfg.compile is None and large and shutil.which("g++"):
             self.head = torch.compile(head, dynamic=True)  # fewer passes over the logits, and copies
         self.ref_trunk = compiled(reference) if reference else None
         logits = 2**25 if cfg.device == "cpu" else 2**28  # 128 MB and 1 GB in float32
@@ -513,9 +514,8 @@ def evaluate(engine, pairs, log=None, step=None):
 
 def speed(engine, rows, seconds, rate):
     """What the pairs with these rows, done in so many seconds, say of the machine; rate is its FLOP/s."""
-    rows = rows.copy()
     if engine.cfg.loss == "sft":
-        rows[:, 3] = 0  # the rejected responses are not read
+        rows = rows * [1, 1, 1, 0, 1, 1, 1]  # the rejected responses are not read
     return {"pairs_per_s": len(rows) / seconds, "tokens_per_s": float(rows[:, 1:4].sum() / seconds),
             "mfu": float(useful_flops(engine.policy.config, rows) / seconds / rate)}
 
@@ -641,7 +641,7 @@ def identity_of(cfg, pairs, val, tokenizer, init_hash, ref_hash):
     """All that determines the numbers of a run but its length: what --resume and a reused SFT compare."""
     names = ("loss", "beta", "lam", "alpha", "rejected_weight", "seed", "batch_size", "lr", "warmup_steps",
              "weight_decay", "grad_clip", "n_layer", "n_head", "n_embd", "block_size", "dtype")
-    identity = {"format": 1} | {name: getattr(cfg, name) for name in names}
+    identity = {"format": 2} | {name: getattr(cfg, name) for name in names}
     identity["aspect_weights"] = list(cfg.aspect_weights)
     for name, part in (("data", pairs), ("val_data", val)):
         identity[name] = runs.array_hash(part.ids, part.segments, part.scores, part.rows)
@@ -961,8 +961,8 @@ def main(argv=None):
     except OSError as e:  # of standard output, or of a disk that fails while it is read
         sys.exit(f"train.py: {e}; what was saved before is intact")
     except (MemoryError, torch.OutOfMemoryError) as e:
-        sys.exit(f"train.py: out of memory ({str(e).split('.')[0]}); a smaller --micro_batch_size or "
-                 "--head_tokens needs less, and changes no result")
+        sys.exit(f"train.py: out of memory ({str(e).split('.')[0]}); a smaller --head_tokens or "
+                 "--micro_batch_tokens needs less, and changes no result")
     except RuntimeError as e:
         if not ranks.is_lost(e):
             raise

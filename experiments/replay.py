@@ -156,7 +156,7 @@ def reference_folder(world, store):
             loss="sft", data=str(paths[0]), val_data=str(paths[1]), tokenizer=str(TOKENIZER), device="cpu",
             out_dir=str(Path(aside, "model")), steps=world.sft_steps, lr=world.sft_lr, seed=world.seed,
             n_layer=world.n_layer, n_embd=world.n_embd, block_size=64, micro_batch_size=64,
-            micro_batch_tokens=4096, eval_every=0, save_every=0, log_every=100), nested=True)
+            micro_batch_tokens=10**9, eval_every=0, save_every=0, log_every=100), nested=True)
         with contextlib.suppress(OSError):  # another process was faster
             Path(aside, "model").rename(folder)
     return folder
@@ -330,7 +330,7 @@ def build(run, store):
     cfg = train.Config(
         loss=loss, beta=run.beta, lam=run.lam, alpha=run.alpha, aspect_weights=run.aspect_weights,
         rejected_weight=run.rejected_weight, init=str(init), lr=run.lr, steps=run.steps, seed=world.seed,
-        batch_size=run.batch_size, micro_batch_size=AT_ONCE, micro_batch_tokens=64 * AT_ONCE, device="cpu",
+        batch_size=run.batch_size, micro_batch_size=AT_ONCE, micro_batch_tokens=10**9, device="cpu",
         head_tokens=4096, out_dir=STORES.name)
     train.check_flags(cfg)
     cfg = train.fill_defaults(cfg)

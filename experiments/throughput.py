@@ -84,8 +84,8 @@ def make_weights(o, folder):
 
 
 def load(o):
-    ours = o.side == "ours"  # which has an aligned table; the others have the vocabulary as it is
-    model = GPT.from_pretrained(o.folder, vocab_multiple=train.ALIGN if ours or o.device != "cpu" else 1)
+    aligned = o.side == "ours" or o.device != "cpu"  # a peer's table has the vocabulary's rows on the CPU
+    model = GPT.from_pretrained(o.folder, vocab_multiple=train.ALIGN if aligned else 1)
     return model.to(o.device, torch.float64 if o.dtype == "float64" else torch.float32)
 
 
@@ -448,7 +448,7 @@ def profile(o):
 
     pairs, clock = make_pairs(o), time.perf_counter()
     for number in range(20):
-        for micro in data.micro_batches(pairs, batch_index(o, number), 4):
+        for micro in data.micro_batches(pairs, batch_index(o, number), 4):  # about what 2048 tokens hold
             data.collate([pairs[i] for i in micro], multiple=64)
     prepared = 20 * o.pairs / (time.perf_counter() - clock)
     trunk = o.pairs / (parts["trunk forward"] + parts["trunk backward"])

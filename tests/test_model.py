@@ -281,6 +281,16 @@ def test_a_compiled_forward_gives_the_same_hidden_states_and_gradients():
 # A padded table
 
 
+def test_the_same_seed_draws_the_same_weights_with_and_without_padding():
+    torch.manual_seed(3)
+    plain = dict(GPT(GPTConfig(**SMALL)).named_parameters())
+    torch.manual_seed(3)
+    padded = dict(GPT(GPTConfig(**SMALL), vocab_multiple=64).named_parameters())
+    assert padded.keys() == plain.keys() and not padded["wte.weight"][23:].any()
+    for name, p in plain.items():
+        assert torch.equal(padded[name][:len(p)], p), name
+
+
 def test_padding_rows_never_change_logits_and_are_never_sampled_or_saved(tmp_path):
     """A table padded from 23 to 64 rows with huge entries: same logits, ids below 23, 23 rows in the file."""
     plain, padded = small(), small(vocab_multiple=64)

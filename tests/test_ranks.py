@@ -35,7 +35,7 @@ CASES = {
     "sft": {"loss": "sft", "batch_size": 5, "micro_batch_size": 1, "n_layer": 2, "n_head": 2, "n_embd": 10,
             "block_size": 64},
     "dpo": {"loss": "dpo", "batch_size": 7, "micro_batch_size": 2, "grad_clip": 0.1, "weight_decay": 0.1},
-    "tdpo2": {"loss": "tdpo2", "batch_size": 7, "micro_batch_size": 4},
+    "tdpo2": {"loss": "tdpo2", "batch_size": 7, "micro_batch_size": 4, "micro_batch_tokens": 100},
     "2d-dpo": {"loss": "2d-dpo", "batch_size": 2, "micro_batch_size": 2, "ref_cache": False},
     "tdpo1": {"loss": "tdpo1", "batch_size": 4, "micro_batch_size": 2, "ref_cache_gb": 5e-6},  # val only
 }

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import train
 from model import GPT, GPTConfig
 
@@ -48,7 +47,8 @@ def step(tmp_path, loss, dtype="float64", compiled=False, **knobs):
         train.store_reference(engine, pairs, [np.arange(len(pairs))], "train", tmp_path, "test")
         assert engine.stores
         reference.h = engine.ref_trunk = None
-    micros = data.micro_batches(pairs, np.arange(len(pairs)), cfg.micro_batch_size)
+    micros = train.micro_batches(cfg, pairs)
+    assert len(micros) > 1 or not {"micro_batch_tokens", "micro_batch_size"} & knobs.keys()
     rows = [engine.run_pairs(pairs, micro, "train", 1 / len(pairs)) for micro in micros]
     order = np.concatenate(micros).argsort()
     loss = torch.cat([row["loss"] for row in rows])[order]
@@ -66,6 +66,7 @@ def test_chunks_micro_batches_and_the_stored_reference_change_nothing(tmp_path, 
     whole = step(tmp_path, loss, head_tokens=10**6)
     assert whole[1].norm() > 1e-3
     for knobs in ({"head_tokens": 1}, {"head_tokens": 40, "micro_batch_size": 2}, {"micro_batch_size": 1},
+                  {"micro_batch_tokens": 60},
                   {"ref_cache": True, "head_tokens": 40}):
         assert_equal(step(tmp_path, loss, **knobs), whole)
 
