@@ -525,12 +525,13 @@ def speed(engine, rows, seconds, rate):
 
 
 def tune_allocator():
-    """For Linux CPUs, before the first tensor. A chunk's logits are fresh memory: PyTorch is to ask for 2 MB
-    pages, since a fault per 4 kB takes a fifth of a step. And glibc is to give large buffers back when they
-    are freed: its heap would keep hundreds of MB of them between the passes through the trunk."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    """For Linux CPUs, before the first tensor. glibc takes large buffers fresh from the kernel and gives them
+    back when they are freed; the pages of a chunk's logits would be cleared anew for every chunk, a tenth of
+    a step. So all memory is to come from the heap, of which up to 384 MB at the end may stay unused."""
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-3, 2 << 20)  # M_MMAP_THRESHOLD, bytes
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 384 << 20)  # M_TRIM_THRESHOLD, bytes
 
 
 def synchronize(device):
