@@ -12,7 +12,7 @@ from runs import RunError
 
 
 def check_start(cfg, m):
-    """Where the policy is the reference, the loss is log 2 (N log 2 in Eq. 6) and every margin 0."""
+    """Where the policy is the reference, the loss is log 2 (2D-DPO's Eq. 6: N log 2) and every margin 0."""
     expected = math.log(2) * m.get("segments/paired", 1)
     tolerance = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]
     if not (abs(m["loss"] - expected) <= tolerance and abs(m["rewards/margins"]) <= tolerance):  # NaN too
