@@ -190,6 +190,12 @@ def merges_of(ranks):
     return merges
 
 
+def own_tokenizer(folder):
+    """The Tokenizer that a model's folder holds, or None."""
+    files = ("vocab.json", "encoder.json", "tokenizer.json", "tokenizer.tiktoken")
+    return Tokenizer(folder) if folder and any((Path(folder) / f).exists() for f in files) else None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Files -> records
 
@@ -410,11 +416,6 @@ class Pair:
     def __len__(self):
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
-    def chosen_only(self):
-        """The pair without its rejected response: a row of SFT."""
-        return replace(self, rejected=self.rejected[:0], rejected_segment=self.rejected_segment[:0],
-                       rejected_scores=self.rejected_scores[:0])
-
 
 def encode_response(tokenizer, segments):
     """Segments -> ids (N,), closed by end-of-text; the segment of each (N,); scores (S, A).
@@ -483,6 +484,10 @@ class Pairs:
     def select(self, index):
         """The pairs of an index array; the ids are shared."""
         return replace(self, rows=self.rows[index], where=[self.where[i] for i in index])
+
+    def chosen_only(self):
+        """The pairs without their rejected responses: rows of SFT."""
+        return replace(self, rows=self.rows * [1, 1, 1, 0, 1, 1, 0])
 
     def score_maximum(self):
         """The largest score of each aspect, (A,); 1 where an aspect is 0 throughout."""

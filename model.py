@@ -127,9 +127,16 @@ class GPT(nn.Module):
             x = block(x, mask, None if cache is None else cache[i])
         return self.ln_f(x)
 
-    def logits(self, hidden):
-        """The tied head: hidden (..., C) -> (..., V). Rows that only pad the table are cropped here."""
-        return F.linear(hidden, self.wte.weight)[..., :self.config.vocab_size]
+    def logits(self, hidden, centered=False):
+        """The tied head: hidden (..., C) -> (..., V). Rows that only pad the table are cropped here.
+
+        centered: less their mean, which no softmax sees. GPT-2's logits are about -100, where bfloat16 has
+        steps of 0.5; centred they are small and have small steps.
+        """
+        table = self.wte.weight
+        if centered:
+            table = table - table.detach().mean(0)
+        return F.linear(hidden, table)[..., :self.config.vocab_size]
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, eos=None,
@@ -210,7 +217,7 @@ class GPT(nn.Module):
 
 def sample_token(logits, temperature, top_k, top_p, generator):
     """One token a row: logits (B, V) -> (B,). top_p looks at the distribution that top_k leaves."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so small that logits / temperature would overflow
         return logits.argmax(-1)
     logits, order = logits.sort(descending=True, stable=True)  # (B, V), most likely first
     probs = (logits[:, :top_k] / temperature).softmax(-1)  # (B, K)

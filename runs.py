@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,14 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """The run cannot go on; what was saved before is intact."""
+
+
+def check_device(name):
+    """Refuse a --device that is none, or not here."""
+    if not (match := re.fullmatch(r"cpu|cuda(?::(\d{1,9}))?", name)):
+        raise ConfigError(f"--device {name}: choose cpu, cuda or cuda:N")
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: no GPU that torch can use here; choose cpu")
 
 
 @contextmanager
@@ -142,6 +151,11 @@ def files_of(folder):
     return sorted(p.name for p in folder.glob("[!.]*") if p.is_file() and p.suffix != ".part")
 
 
+def is_free(folder):
+    """May a run begin there without a word?"""
+    return not folder.exists() or folder.is_dir() and not files_of(folder)
+
+
 def check_free(folder, models, resume, overwrite):
     """Refuse a folder that holds something else, before any work. models: {flag: folder} that are read."""
     for flag, name in models.items():
@@ -241,7 +255,10 @@ def save_checkpoint(folder, step, model, optimizer, identity, state):
     folder, tensors = folder / "checkpoints", {}
     for name, p in model.named_parameters():
         values = {"model": p.detach()} | optimizer.state[p]
-        tensors |= {f"{key}.{name}": ranks.whole(value).contiguous() for key, value in values.items()}
+        for key, value in values.items():
+            value = ranks.whole(value)  # all ranks take part, rank 0 keeps it
+            if not ranks.rank():
+                tensors[f"{key}.{name}"] = value.cpu().contiguous()
     if ranks.rank():
         return
     weights = folder / f"step-{step:07}.safetensors"

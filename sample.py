@@ -29,7 +29,7 @@ def read_prompts(path):
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--prompts {path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.lstrip().startswith("{"):
             try:
                 line = json.loads(line)["prompt"]
@@ -124,8 +124,9 @@ def sample(args):
         raise ConfigError(f"--top_k {args.top_k}: must be at least 1")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ConfigError(f"--top_p {args.top_p}: must be greater than 0 and at most 1")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: no GPU that torch can use here; choose cpu")
+    if not 0 <= args.seed < 2**63:
+        raise ConfigError(f"--seed {args.seed}: must be at least 0 and below 2^63")
+    runs.check_device(args.device)
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ConfigError('--prompt: say what to answer, --prompt "..." or --prompts FILE')
@@ -135,6 +136,8 @@ def sample(args):
         raise ConfigError(f"{args.out_dir}: an SFT run has no reference; name one with --ref")
     tokenizer = data.Tokenizer(args.out_dir)
     policy, reference = (GPT.from_pretrained(name).to(args.device) for name in (args.out_dir, ref))
+    if (own := data.own_tokenizer(ref)) and own.hash != tokenizer.hash:
+        raise ConfigError(f"--ref {ref}: has another tokenizer than the run")
     if reference.config.vocab_size != tokenizer.vocab_size:
         raise ConfigError(f"--ref {ref}: has {reference.config.vocab_size} token ids, the run "
                                f"{tokenizer.vocab_size}")

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -99,8 +100,8 @@ class Config:
     # the machine
     device: str | None = None  # default: cuda where there is one, else cpu
     dtype: str | None = None  # float32, bfloat16 (autocast), float64; default bfloat16 on cuda, else float32
-    compile: bool | None = None  # torch.compile; default on cuda; on the CPU the head of a large vocabulary
-    head_tokens: int | None = None  # response tokens with logits at once; default: 2^25 logits, 2^28 on cuda
+    compile: bool | None = None  # torch.compile; default: where V > 10 000, on the CPU the head only
+    head_tokens: int | None = None  # response tokens with logits at once; default: 2^24 logits, 2^28 on cuda
     ref_cache: bool = True  # evaluate the reference once and store its numbers
     ref_cache_gb: float = 8.0  # a larger store is not made: the reference then runs in every step
 
@@ -161,7 +162,8 @@ def check_flags(cfg):
         refuse_unread(cfg, "aspect_weights", f"the loss {cfg.loss} has no segments")
         refuse_unread(cfg, "rejected_weight", f"the loss {cfg.loss} has no segments")
     if cfg.loss == "sft":
-        refuse_unread(cfg, "ref", "sft has no reference")
+        for name in ("ref", "ref_cache", "ref_cache_gb"):
+            refuse_unread(cfg, name, "sft has no reference")
     if cfg.loss == "sft" or cfg.init and not cfg.resume:  # --resume may repeat the first command's flags
         refuse_unread(cfg, "sft_steps", "no SFT is run before this one")
         refuse_unread(cfg, "sft_lr", "no SFT is run before this one")
@@ -175,10 +177,8 @@ def check_flags(cfg):
     weights = cfg.aspect_weights
     if weights and not (all(w >= 0 for w in weights) and math.isclose(sum(weights), 1, abs_tol=1e-6)):
         raise ConfigError(f"--aspect_weights {' '.join(map(str, weights))}: must be >= 0 and sum to 1")
-    if cfg.device and not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
-        raise ConfigError(f"--device {cfg.device}: choose cpu, cuda or cuda:N")
-    if cfg.device and cfg.device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {cfg.device}: no GPU that torch can use here; choose cpu")
+    if cfg.device is not None:
+        runs.check_device(cfg.device)
     n, gpus = ranks.world(), torch.cuda.device_count()
     if n > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         raise ConfigError("torchrun --nnodes: the ranks of a run must be on one machine; leave it out")
@@ -190,7 +190,7 @@ def check_flags(cfg):
 
 
 def refuse_unread(cfg, name, why):
-    if getattr(cfg, name) not in (None, ()):
+    if getattr(cfg, name) != getattr(Config, name):
         raise ConfigError(f"--{name}: would not be read, {why}; leave it out")
 
 
@@ -205,10 +205,9 @@ def fill_defaults(cfg):
     filled = {name: values[name] for name in read if getattr(cfg, name) is None}
     if cfg.out_dir is None:
         names = [f"out/{cfg.loss}"] + [f"out/{cfg.loss}-{n}" for n in range(2, 10000)]
-        filled["out_dir"] = next(name for name in names if not Path(name).exists())
+        filled["out_dir"] = next(name for name in names if runs.is_free(Path(name)))
     return dataclasses.replace(
         cfg, **filled, device=device, dtype=cfg.dtype or ("float32" if device == "cpu" else "bfloat16"),
-        compile=cfg.compile if device == "cpu" or cfg.compile is not None else True,
         micro_batch_tokens=cfg.micro_batch_tokens or (2048 if device == "cpu" else 32768))
 
 
@@ -259,12 +258,13 @@ def micro_batches(cfg, pairs, index=None):
 
 def head(policy, hidden, target, reference=None, ref_hidden=None, with_kl=False):
     """Hidden states (N, C) of response tokens -> log pi, log pi_ref, KL(pi_ref || pi): each (N,) or None."""
-    logits = policy.logits(hidden)  # (N, V); nothing of this size outlives a chunk
+    centered = torch.is_autocast_enabled(hidden.device.type)  # in bfloat16, where large logits lose digits
+    logits = policy.logits(hidden, centered)  # (N, V); nothing of this size outlives a chunk
     logps = losses.token_logps(logits, target)
     if ref_hidden is None:
         return logps, None, None
     with torch.no_grad():
-        ref_logits = reference.logits(ref_hidden)  # (N, V)
+        ref_logits = reference.logits(ref_hidden, centered)  # (N, V)
         ref_logps = losses.token_logps(ref_logits, target)
     return logps, ref_logps, losses.token_kl(ref_logits, logits) if with_kl else None
 
@@ -277,13 +277,16 @@ class Engine:
         self.loss, self.needs = LOSSES[cfg.loss], parameters(cfg.loss)
         self.knobs = {name: getattr(cfg, name) for name in knobs(cfg.loss)}
         self.needs_kl, self.segmented = "chosen_seq_kl" in self.needs, "chosen_rewards" in self.needs
-        compiled = torch.compile if cfg.compile else lambda function, **_: function
-        self.trunk, self.head = compiled(policy), compiled(head, dynamic=True)  # the policy stays eager
-        large = policy.config.vocab_size > 10_000 and ranks.world() == 1
-        if cfg.compile is None and large and shutil.which("g++"):
+        large = policy.config.vocab_size > 10_000 and ranks.world() == 1 and can_compile()
+        self.compiles = cfg.device != "cpu" and large if cfg.compile is None else cfg.compile
+        self.trunk, self.head, self.ref_trunk = policy, head, reference
+        if self.compiles:
+            torch._dynamo.config.recompile_limit = 32  # two models, with gradient and without, B = 1 and more
+            self.trunk = torch.compile(policy, dynamic=True)  # policy and reference themselves stay eager
+            self.ref_trunk = torch.compile(reference, dynamic=True) if reference else None
+        if self.compiles or cfg.compile is None and large:
             self.head = torch.compile(head, dynamic=True)  # fewer passes over the logits, and copies
-        self.ref_trunk = compiled(reference) if reference else None
-        logits = 2**25 if cfg.device == "cpu" else 2**28  # 128 MB and 1 GB in float32
+        logits = 2**24 if cfg.device == "cpu" else 2**28  # 64 MB and 1 GB in float32
         self.head_tokens = cfg.head_tokens or max(1, logits // policy.config.vocab_size)
         self.stores = {}  # split -> Store; without one the reference is live
         if self.segmented:
@@ -298,13 +301,14 @@ class Engine:
         return nullcontext()
 
     def collate(self, pairs, index):
-        rows = [pairs[i].chosen_only() if self.cfg.loss == "sft" else pairs[i] for i in index]
-        return data.collate(rows, multiple=64 if self.cfg.compile else 1).to(self.cfg.device)
+        batch = data.collate([pairs[i] for i in index], multiple=64 if self.compiles else 1)
+        return batch.to(self.cfg.device)
 
     def hidden(self, trunk, batch):
         """The hidden state that predicts each response token, (N, C)."""
+        mask = None if self.cfg.loss == "sft" else batch.mask()  # a row of one response is causal
         with self.precision():
-            hidden = trunk(batch.tokens, batch.positions, batch.mask())  # (B, T, C)
+            hidden = trunk(batch.tokens, batch.positions, mask)  # (B, T, C)
         row, column = batch.source
         return hidden[row, column]
 
@@ -393,6 +397,15 @@ class Store:
         values = np.concatenate([self.values[self.first[i]:self.end[i]] for i in index])
         return torch.from_numpy(values).view(self.dtype)
 
+    def put(self, index, values):
+        """Keep what look_up of the same pairs is to return."""
+        values, n = values.to("cpu", self.dtype), 0
+        values = (values.view(torch.int16) if self.dtype == torch.bfloat16 else values).numpy()
+        for i in index:
+            count = self.end[i] - self.first[i]
+            self.values[self.first[i]:self.end[i]] = values[n:n + count]
+            n += count
+
 
 def first_reads(pairs, cfg):
     """The micro-batches in which training first reads each pair. The reference is evaluated in these, so that
@@ -439,7 +452,7 @@ def store_reference(engine, pairs, micros, split, folder, ref_hash):
             if hasattr(os, "posix_fallocate"):  # claims the room: a full disk under a map is a bus error
                 with open(part, "r+b") as f:
                     os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
-        ranks.wait()
+        ranks.wait()  # the file is there
         store, share = Store(part, pairs, index, dtype), micros[ranks.rank()::ranks.world()]
         for micro in bar(share, f"reference ({split})", unit=" batches", delay=2, leave=False):
             batch = engine.collate(pairs, micro)
@@ -450,20 +463,16 @@ def store_reference(engine, pairs, micros, split, folder, ref_hash):
                 if not of_hidden:
                     with engine.precision():
                         values, _, _ = engine.head(engine.reference, values, batch.target[n])
-                values, at = values.to("cpu", dtype), 0
-                values = (values.view(torch.int16) if dtype == torch.bfloat16 else values).numpy()
-                for i in micro[first:end]:
-                    count = store.end[i] - store.first[i]
-                    store.values[store.first[i]:store.end[i]] = values[at:at + count]
-                    at += count
+                store.put(micro[first:end], values)
         store.values.flush()
-        ranks.wait()
+        ranks.wait()  # it is full
 
     if not fresh:
         with torch.no_grad():
             if ranks.rank():
-                write(runs.part_of(path))  # into the same file
-            runs.write_atomically(path, write)
+                write(runs.part_of(path))  # all ranks into one file, which rank 0 makes and renames
+            else:
+                runs.write_atomically(path, write)
         ranks.wait()
         runs.write_json(note, {"key": key, "sha256": runs.file_hash(path)})
         say(f"reference: {what} stored, {n_tokens} tokens, {size * 1e3:.1f} MB")
@@ -514,8 +523,6 @@ def evaluate(engine, pairs, log=None, step=None):
 
 def speed(engine, rows, seconds, rate):
     """What the pairs with these rows, done in so many seconds, say of the machine; rate is its FLOP/s."""
-    if engine.cfg.loss == "sft":
-        rows = rows * [1, 1, 1, 0, 1, 1, 1]  # the rejected responses are not read
     return {"pairs_per_s": len(rows) / seconds, "tokens_per_s": float(rows[:, 1:4].sum() / seconds),
             "mfu": float(useful_flops(engine.policy.config, rows) / seconds / rate)}
 
@@ -527,11 +534,16 @@ def speed(engine, rows, seconds, rate):
 def tune_allocator():
     """For Linux CPUs, before the first tensor. glibc takes large buffers fresh from the kernel and gives them
     back when they are freed; the pages of a chunk's logits would be cleared anew for every chunk, a tenth of
-    a step. So all memory is to come from the heap, of which up to 384 MB at the end may stay unused."""
+    a step. So all memory is to come from the heap, of which up to 1 GB at the end may stay unused."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 384 << 20)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
+
+
+def can_compile():
+    """torch.compile on the CPU and on cuda needs a C++ compiler and Python's headers."""
+    return bool(shutil.which("g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def synchronize(device):
@@ -583,12 +595,10 @@ def bar(items, name, *sizes, **options):
 
 def load_tokenizer(cfg):
     """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
-    files = ("vocab.json", "encoder.json", "tokenizer.json", "tokenizer.tiktoken")
     if cfg.init and cfg.init not in NAMES and not Path(cfg.init).is_dir():
         raise ConfigError(f"--init {cfg.init}: no such folder; choose one, or a name: {', '.join(NAMES)}")
-    if not (cfg.init and any((Path(cfg.init) / file).exists() for file in files)):
+    if not (tokenizer := data.own_tokenizer(cfg.init)):
         return data.Tokenizer(cfg.tokenizer or ("gpt2" if cfg.data or cfg.init else TOY[2]))
-    tokenizer = data.Tokenizer(cfg.init)
     if cfg.tokenizer and data.Tokenizer(cfg.tokenizer).hash != tokenizer.hash:
         raise ConfigError(f"--tokenizer {cfg.tokenizer}: --init {cfg.init} has another one; leave it out")
     return tokenizer
@@ -602,6 +612,9 @@ def load_model(flag, cfg, tokenizer):
     if c.vocab_size != tokenizer.vocab_size:
         raise ConfigError(f"--{flag} {name}: has {c.vocab_size} token ids, the tokenizer "
                           f"{tokenizer.vocab_size}; choose the tokenizer it was trained with")
+    if (own := data.own_tokenizer(name)) and own.hash != tokenizer.hash:
+        raise ConfigError(f"--{flag} {name}: has another tokenizer than the policy; choose a reference that "
+                          "reads the same token ids")
     for key in ("n_layer", "n_head", "n_embd") if flag == "init" else ():
         if getattr(cfg, key) not in (None, getattr(c, key)):
             raise ConfigError(f"--{key} {getattr(cfg, key)}: {name} has {getattr(c, key)}; leave it out")
@@ -630,8 +643,8 @@ def load_data(cfg, tokenizer):
     if "chosen_rewards" in parameters(cfg.loss):
         A = pairs.n_aspects
         if not A or not val.n_aspects:
-            raise ConfigError(f"--loss {cfg.loss}: needs scores in every segment of every pair; "
-                              "tools/doctor.py --segment writes the form to fill in")
+            raise ConfigError(f"--loss {cfg.loss}: needs scores in every segment of every pair, and "
+                              '"scores": [] is none; tools/doctor.py --segment writes the form to fill in')
         if {val.n_aspects, len(cfg.aspect_weights) or A} != {A}:
             raise ConfigError(f"--aspect_weights: {len(cfg.aspect_weights)} weights for {A} aspects "
                               f"({val.n_aspects} in the held-out pairs)")
@@ -653,8 +666,9 @@ def make_reference(cfg, pairs, val, tokenizer):
     """The folder of an SFT model for this run's data and sizes: an earlier run's, or trained now."""
     sft = dataclasses.replace(
         cfg, loss="sft", steps=cfg.sft_steps, lr=cfg.sft_lr, sft_steps=None, sft_lr=None, beta=None, lam=None,
-        alpha=None, aspect_weights=(), rejected_weight=None, ref=None, overwrite=False, eval_every=0,
-        save_every=0, log_every=max(cfg.log_every, 50))
+        alpha=None, aspect_weights=(), rejected_weight=None, ref=None, ref_cache=True,
+        ref_cache_gb=Config.ref_cache_gb, overwrite=False, eval_every=0, save_every=0,
+        log_every=max(cfg.log_every, 50))
     identity = identity_of(sft, pairs, val, tokenizer, None, None)
     for number in range(1, 10000):
         folder = Path(cfg.out_dir).parent / ("sft" if number == 1 else f"sft-{number}")
@@ -677,8 +691,8 @@ def make_reference(cfg, pairs, val, tokenizer):
 
 
 def set_up(cfg, nested):
-    """Check everything before anything is written; returns cfg without gaps, the Engine, the tokenizer,
-    training and held-out pairs, and the run's identity."""
+    """Check everything before the run writes anything (tokens of large data are kept from here on); returns
+    cfg without gaps, the Engine, the tokenizer, training and held-out pairs, and the run's identity."""
     lists = {name: (x,) if isinstance(x, str | Path) else tuple(x) if isinstance(x, list) else x
              for name in LISTS for x in [getattr(cfg, name)]}
     cfg = dataclasses.replace(cfg, **lists)
@@ -723,7 +737,10 @@ def set_up(cfg, nested):
     ref_hash = runs.weights_hash(reference) if reference else None
     ranks.shard(policy)
     engine = Engine(cfg, policy, reference, pairs.score_maximum() if pairs.n_aspects else None)
-    return cfg, engine, tokenizer, pairs, val, identity_of(cfg, pairs, val, tokenizer, init_hash, ref_hash)
+    identity = identity_of(cfg, pairs, val, tokenizer, init_hash, ref_hash)
+    if cfg.loss == "sft":
+        pairs, val = pairs.chosen_only(), val.chosen_only()
+    return cfg, engine, tokenizer, pairs, val, identity
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -758,11 +775,11 @@ def train(cfg, nested=False):
     with lock, finish_on_signal() as signals:
         state = runs.load_checkpoint(folder, policy, optimizer, identity, say) if cfg.resume else None
         start, before, after = (state["step"], state["before"], state["after"]) if state else (0, None, None)
-        if start >= cfg.steps and runs.read_run(folder)["finished"] == start:
-            say(f"{folder}: finished at step {start}; more --steps would go on from there")
-            return after
         if start > cfg.steps:
             raise ConfigError(f"--steps {cfg.steps}: the run is at step {start} already; choose more")
+        if start == cfg.steps and runs.read_run(folder)["finished"] == start:
+            say(f"{folder}: finished at step {start}; more --steps would go on from there")
+            return after
         run = {"config": dataclasses.asdict(cfg), "identity": identity, "finished": None,
                "score_maximum": pairs.score_maximum().tolist() if pairs.n_aspects else None}
         runs.write_json(folder / "run.json", run)
@@ -941,8 +958,10 @@ def answer(model, tokenizer, prompt, seed):
 def accuracy_note(cfg):
     """What label noise allows, where NAME.meta.json beside the one held-out file NAME.jsonl tells."""
     files = cfg.val_data or (() if cfg.data else TOY[1:2])
+    if len(files) != 1:
+        return ""
     try:
-        meta = Path(str(*files).removesuffix(".gz")).with_suffix(".meta.json")
+        meta = Path(str(files[0]).removesuffix(".gz")).with_suffix(".meta.json")
         ceiling = runs.read_json(meta, ["accuracy_ceiling"])["accuracy_ceiling"]
         return f"   ceiling {ceiling:.4f}, the labels are noisy"
     except (OSError, ValueError, TypeError):
@@ -965,6 +984,9 @@ def main(argv=None):
         sys.exit(f"train.py: out of memory ({str(e).split('.')[0]}); a smaller --head_tokens or "
                  "--micro_batch_tokens needs less, and changes no result")
     except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(f"train.py: torch.compile failed ({str(e).splitlines()[0]:.160}); --no-compile does "
+                     "without it")
         if not ranks.is_lost(e):
             raise
         ranks.yield_to_main()

@@ -217,7 +217,7 @@ def commit():
     """The commit, with a plus where the scripts differ from it."""
     def git(*words):
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
-    scripts = ("losses.py", "model.py", "data.py", "train.py", "runs.py", "toy")
+    scripts = ("losses.py", "model.py", "data.py", "train.py", "runs.py", "ranks.py", "health.py", "toy")
     changed = git("status", "--porcelain", "--", *scripts)
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 

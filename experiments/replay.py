@@ -32,8 +32,8 @@ from model import GPT  # noqa: E402
 from toy import reviews, sums  # noqa: E402
 
 TOKENIZER = ROOT / "toy" / "toy.tiktoken"
-SOURCES = ("losses.py", "model.py", "data.py", "train.py", "toy/reviews.py", "toy/sums.py",
-           "experiments/replay.py")
+SOURCES = ("losses.py", "model.py", "data.py", "train.py", "runs.py", "ranks.py", "health.py",
+           "toy/reviews.py", "toy/sums.py", "experiments/replay.py")
 MAX_NEW = {"reviews": 48, "sums": 52}  # tokens; the longest answer of the data has 33 and 47
 AT_ONCE = 64  # pairs in a forward pass
 

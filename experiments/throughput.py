@@ -115,7 +115,7 @@ class Profiled(train.Engine):
     def __init__(self, *args):
         super().__init__(*args)
         self.seconds = dict.fromkeys(("data", "trunk forward", "head and loss", "trunk backward"), 0.0)
-        self.head_memory = self.kept_memory = 0
+        self.head_memory = self.highest = 0  # bytes
 
     def tick(self, name):
         train.synchronize(self.cfg.device)
@@ -137,7 +137,7 @@ class Profiled(train.Engine):
         hidden = super().hidden(trunk, batch)
         if trunk is self.trunk and hidden.requires_grad:
             self.tick("trunk forward")
-            before = memory(self.cfg.device)
+            before, self.highest = memory(self.cfg.device), max(self.highest, peak(self.cfg.device))
             reset_peak(self.cfg.device)
 
             def head_done(grad):  # the first thing that the trunk's backward pass does
@@ -332,6 +332,8 @@ def work(o):
                   "compiled": compiled_graphs()}
         if o.profile:
             engine = step.engine
+            highest = max(engine.highest, answer["peak"])
+            answer |= {"memory": highest - base, "peak": highest}
             answer["parts"] = engine.seconds | {"optimizer": step.optimizer}
             answer["head_memory"] = engine.head_memory
             engine.seconds = dict.fromkeys(engine.seconds, 0.0)
@@ -551,6 +553,9 @@ def parse(argv):
     o.loss = o.loss or ("tdpo2" if o.peer == "tdpo" else "dpo")
     if (o.peer == "tdpo") != (o.loss != "dpo") and not (o.scaling or o.profile):
         flag.error(f"--peer {o.peer} has no --loss {o.loss}")
+    for name in ("vocab", "pairs", "layers", "length_times"):
+        if o.scaling and getattr(o, name) != flag.get_default(name):
+            flag.error(f"--{name}: --scaling chooses it; leave it out")
     o.dtype = o.dtype or ("float32" if o.device == "cpu" else "bfloat16")
     return o
 

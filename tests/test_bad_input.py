@@ -210,6 +210,8 @@ FLAGS = [
     ("--loss tdpo1 --alpha 0.5", "--alpha: would not be read, the loss tdpo1 has none"),
     ("--loss sft --beta 0.1", "--beta: would not be read, the loss sft has none"),
     ("--loss sft --ref a", "--ref: would not be read, sft has no reference"),
+    ("--loss sft --no-ref_cache", "--ref_cache: would not be read, sft has no reference"),
+    ("--loss sft --ref_cache_gb 1", "--ref_cache_gb: would not be read, sft has no reference"),
     ("--sft_steps 5", "--sft_steps: would not be read, no SFT is run before this one"),
     ("--sft_lr 0.1", "--sft_lr: would not be read, no SFT is run before this one"),
     ("--aspect_weights 1", "--aspect_weights: would not be read, the loss dpo has no segments"),
@@ -250,6 +252,7 @@ FLAGS = [
     ("--ref missing", "missing/config.json: No such file or directory"),
     ("--ref nothing", "nothing/config.json: No such file or directory"),
     ("--ref words", "--ref words: has 337 token ids, the tokenizer 257; choose the tokenizer it was trained"),
+    ("--ref other", "--ref other: has another tokenizer than the policy"),
     ("--ref short", "--block_size 64: --ref short has 32 positions"),
     ("--block_size 65", "--block_size 65: --init a has 64 positions"),
     ("--n_layer 2", "--n_layer 2: a has 1; leave it out"),
@@ -519,7 +522,12 @@ SAMPLE = [  # words after "run"
     ("--prompt Q --max_new_tokens 8 --top_k 0", "--top_k 0: must be at least 1"),
     ("--prompt Q --max_new_tokens 8 --top_p 1.5", "--top_p 1.5: must be greater than 0 and at most 1"),
     ("--prompt Q --device cuda:99", "--device cuda:99: no GPU"),
-    ("--prompt Q --ref words", "--ref words: has 337 token ids"),
+    ("--prompt Q --device banana", "--device banana: choose cpu, cuda or cuda:N"),
+    ("--prompt Q --seed -1", "--seed -1: must be at least 0 and below 2^63"),
+    (f"--prompt Q --seed {2**70}", f"--seed {2**70}: must be at least 0 and below 2^63"),
+    ("--prompt Q --ref words", "--ref words: has another tokenizer than the run"),
+    ("--prompt Q --ref other", "--ref other: has another tokenizer than the run"),
+    ("--prompt Q --ref bare2", "--ref bare2: has 337 token ids"),
     ("--prompt Q --ref missing", "missing/config.json: No such file"),
     ("--prompts missing.txt", "--prompts missing.txt: No such file or directory"),
     ("--prompts latin1.jsonl", "--prompts latin1.jsonl: not UTF-8"),
@@ -549,11 +557,17 @@ def corpus(tmp_path_factory):
     (folder / "nothing").mkdir()
     (folder / "folder.jsonl").mkdir()
     words = data.Tokenizer(Path(train.HERE) / "toy" / "toy.tiktoken")
-    for name, tokenizer in (("a", BYTES), ("b", BYTES), ("short", BYTES), ("words", words)):
+    for name, tokenizer in (("a", BYTES), ("b", BYTES), ("short", BYTES), ("other", BYTES),
+                            ("words", words)):
         sizes = GPTConfig(tokenizer.vocab_size, 32 if name == "short" else 64, 1, 2, 16)
         GPT(sizes).save_pretrained(folder / name)
         tokenizer.save(folder / name)
-    shutil.copytree(folder / "a", folder / "bare", ignore=shutil.ignore_patterns("vocab.json", "merges.txt"))
+    vocab = json.loads((folder / "other" / "vocab.json").read_text())
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "other" / "vocab.json").write_text(json.dumps(vocab))
+    bare = shutil.ignore_patterns("vocab.json", "merges.txt", "tokenizer.tiktoken")
+    shutil.copytree(folder / "a", folder / "bare", ignore=bare)
+    shutil.copytree(folder / "words", folder / "bare2", ignore=bare)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main("--data good.jsonl --init a --out_dir run --steps 2 --batch_size 2 --save_every 1".split())

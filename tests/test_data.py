@@ -173,7 +173,10 @@ def test_rows_are_padded_to_a_multiple_and_nothing_else_changes():
 
 
 def test_chosen_only_is_a_row_of_prompt_and_chosen():
-    batch = collate([p.chosen_only() for p in TWO_PAIRS])
+    pairs = data.pack(TWO_PAIRS).chosen_only()
+    batch = collate([pairs[i] for i in range(2)])
+    assert pairs.lengths.tolist() == [6, 3] and pairs[0].where == TWO_PAIRS[0].where
+    assert pairs[0].rejected_scores.shape == (0, pairs.n_aspects)
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 0], [1, 7, 0, 0, 0, 0]]
     assert batch.branch.tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 3, 3, 3]]
     assert batch.source.tolist() == [[0, 0, 0, 1, 1], [2, 3, 4, 0, 1]]

@@ -105,6 +105,19 @@ def test_forward_returns_hidden_states_and_logits_maps_them_to_the_vocabulary(T)
     assert model.logits(plain[0, 0]).shape == (23,)
 
 
+def test_centered_logits_are_the_logits_less_one_number_a_position():
+    """So their softmax is the same, and so is the gradient of what depends on it alone; padding rows too."""
+    for multiple in (1, 64):
+        model = small(vocab_multiple=multiple)
+        hidden = model(random_tokens(2, 5)).detach().requires_grad_()
+        plain, centered = model.logits(hidden), model.logits(hidden, centered=True)
+        close((plain - centered).std(-1), torch.zeros(2, 5, dtype=torch.float64))
+        logps = [logits.log_softmax(-1)[..., 3] for logits in (plain, centered)]
+        gradients = [torch.autograd.grad((x**2).sum(), [hidden, model.wte.weight]) for x in logps]
+        for a, b in zip(*gradients, strict=True):
+            close(a, b)
+
+
 def test_hidden_states_come_after_the_final_layer_norm():
     """With weight 1 and bias 0 in ln_f, every hidden state has mean 0 and variance 1."""
     model = small()
@@ -378,7 +391,8 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy():
     """The most likely token alone is left, whatever the temperature."""
     model, tokens = small(), random_tokens(16, 3)
     greedy = model.generate(tokens, 10, temperature=0)
-    for sampling in ({"top_k": 1}, {"top_p": 1e-9}, {"top_k": 1, "temperature": 50.0}, {"temperature": 1e-6}):
+    for sampling in ({"top_k": 1}, {"top_p": 1e-9}, {"top_k": 1, "temperature": 50.0}, {"temperature": 1e-6},
+                     {"temperature": 1e-50}):
         assert torch.equal(model.generate(tokens, 10, **sampling), greedy)
 
 

@@ -23,6 +23,7 @@ def write_log(folder, steps=(1, 5, 10), loss="dpo"):
                       "kl/ref_policy_chosen", "kl/ref_policy_rejected"]
         records.append({"step": step} | {f"eval/{name}": 0.1 * step for name in names})
         if step:
+            records.append({"step": step, "note": f"step {step}: the gradient norm jumps to 9.00"})
             records.append({"step": step, "grad_norm": 1.0} | {name: 0.2 * step for name in names[:5]})
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder

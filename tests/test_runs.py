@@ -214,9 +214,12 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_result(here, monk
     assert runs.read_run("run")["finished"] == 6
 
 
-def test_fewer_steps_than_were_made_are_refused_where_the_run_has_not_finished(here):
+def test_fewer_steps_than_were_made_are_refused_finished_or_not(here):
     killed_at(5)
     with pytest.raises(ConfigError, match="--steps 3: the run is at step 4 already"):
+        go("run", steps=3, resume=True)
+    go("run", resume=True)
+    with pytest.raises(ConfigError, match="--steps 3: the run is at step 6 already"):
         go("run", steps=3, resume=True)
 
 
@@ -270,10 +273,11 @@ def change_reference(folder):
 
 
 def change_tokenizer(folder):
-    """The same number of ids, two of them exchanged."""
+    """The same number of ids, two of them exchanged, in the policy's folder and the reference's."""
     vocabulary = json.loads(Path("a/vocab.json").read_text())
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    Path("a/vocab.json").write_text(json.dumps(vocabulary))
+    for model in "ab":
+        Path(model, "vocab.json").write_text(json.dumps(vocabulary))
 
 
 @pytest.mark.parametrize("what, changes, prepare", [
@@ -736,7 +740,7 @@ def test_a_model_with_a_weight_that_is_not_finite_is_refused(flag, here):
 
 
 def test_a_start_whose_loss_is_nan_does_not_pass_for_log_2():
-    cfg = train.Config(dtype="float32")
+    cfg = train.Config(dtype="float32", beta=0.1)
     with pytest.raises(RunError, match="policy and reference are equal, yet"):
         health.check_start(cfg, {"loss": math.nan, "rewards/margins": 0.0})
 

@@ -80,13 +80,13 @@ def test_policy_and_reference_stand_side_by_side_and_a_seed_repeats_them(run, ca
 
 def test_prompts_come_from_flags_files_and_stdin(run, tmp_path, capsys, monkeypatch):
     """A file holds one prompt a line, plain or JSONL; - is stdin; --chat renders a Human turn."""
-    (tmp_path / "p.txt").write_text('first:\n\n{"prompt": "second:"}\n')
+    (tmp_path / "p.txt").write_text('first:\n\n{"prompt": "second\u2028:"}\n')  # JSON may hold U+2028
     monkeypatch.setattr("sys.stdin", io.StringIO("third:\n"))
     flags = [str(run), "--max_new_tokens", "2"]
     sample.main([*flags, "--prompts", str(tmp_path / "p.txt")])
     sample.main([*flags, "--prompts", "-", "--chat"])
     out = capsys.readouterr().out
-    assert re.findall(r"prompt: (.*)", out) == ["first:", "second:", "Human: third:"]
+    assert re.findall(r"prompt: (.*)", out) == ["first:", "second\u2028:", "Human: third:"]
 
 
 @pytest.mark.parametrize(("flags", "says"), [

@@ -47,7 +47,7 @@ def read_log(folder):
             fail(f"{path}:{number}: not JSON (cut short by a kill?); delete the line, or go on with --resume")
         if not isinstance(record, dict):
             fail(f"{path}:{number}: not a record of train.py's log")
-        if "step" in record:
+        if "step" in record and "note" not in record:
             if not all(isinstance(value, int | float) for value in record.values()):
                 fail(f"{path}:{number}: a value is not a number")
             records.append(record)
