@@ -1,15 +1,11 @@
 """tools/plot.py: a PNG from runs' logs; bad input is one line and exit status 2."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+import train
 from tools import plot
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_log(folder, steps=(1, 5, 10), loss="dpo"):
@@ -86,7 +82,7 @@ def test_a_run_of_train_py_is_drawn(tmp_path):
     """The log that train.py really writes has all that the panels read."""
     flags = ["--steps", "2", "--sft_steps", "2", "--n_embd", "16", "--batch_size", "4",
              "--out_dir", str(tmp_path / "dpo")]
-    subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True, capture_output=True, cwd=tmp_path)
+    train.main(flags)
     records = plot.read_log(tmp_path / "dpo")
     logged = set().union(*records)
     for _, _, metrics in plot.PANELS:

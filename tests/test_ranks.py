@@ -1,6 +1,7 @@
 """Several ranks: the same numbers as one process, one writer, an end to every failure.
 
-Run as a script under torchrun, this file is a rank that trains the Configs of a JSON file, one after another.
+Run as a script, this file trains the Configs of a JSON file in ranks that it forks: torch is imported once.
+What ends a run is tried under torchrun itself.
 """
 
 import fcntl
@@ -8,14 +9,18 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  (the first optimizer imports it: once here, not in each rank)
+import torch.distributed.fsdp  # noqa: F401
 from safetensors.torch import load_file
 
 import ranks
@@ -41,7 +46,7 @@ CASES = {
 }
 
 
-def as_rank(path):
+def as_rank(configs):
     reduced = []
 
     def counting(function):
@@ -49,7 +54,7 @@ def as_rank(path):
 
     for name in {"reduce_scatter_tensor", "reduce_scatter_single"} & vars(torch.distributed).keys():
         setattr(torch.distributed, name, counting(getattr(torch.distributed, name)))
-    for config in json.loads(Path(path).read_text()):
+    for config in configs:
         reduced.clear()
         train.train(train.Config(**config))
         if not ranks.rank():
@@ -57,11 +62,36 @@ def as_rank(path):
     ranks.stop()
 
 
+def fork_ranks(path):
+    """Each (number of ranks, configs) of a JSON file in turn; what torchrun sets is set here."""
+    for n, configs in json.loads(Path(path).read_text()):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        os.environ |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "localhost",
+                       "MASTER_PORT": str(port)}
+        children = []
+        for rank in range(n):
+            if not (child := os.fork()):
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                try:
+                    as_rank(configs)
+                    os._exit(0)
+                finally:
+                    traceback.print_exc()
+                    sys.stderr.flush()
+                    os._exit(1)
+            children.append(child)
+        for _ in children:
+            if os.wait()[1]:
+                os.killpg(0, signal.SIGKILL)  # the others would wait for it
+
+
 def start(n, *argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*command, *map(str, argv)], env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, *command, *map(str, argv)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=not n)
 
 
 def finish(process, timeout=150):
@@ -112,12 +142,13 @@ def config(inputs, case, out_dir, **changes):
 def folder(inputs, tmp_path_factory):
     """CASES in 1, 2 and 3 ranks: folder / N / case; and one run that 3, 2 and 1 ranks continue in turn."""
     folder = tmp_path_factory.mktemp("ranks")
+    groups = []
     for n, resumed in ((3, {"steps": 1}), (2, {"steps": 2, "resume": True})):
         configs = [config(inputs, case, folder / str(n) / case) for case in CASES]
-        configs.append(config(inputs, "dpo", folder / "resumed", **resumed))
-        (folder / f"{n}.json").write_text(json.dumps(configs))
-        status, output = launch(n, __file__, folder / f"{n}.json")
-        assert status == 0, output
+        groups.append((n, [*configs, config(inputs, "dpo", folder / "resumed", **resumed)]))
+    (folder / "groups.json").write_text(json.dumps(groups))
+    status, output = launch(None, __file__, folder / "groups.json")
+    assert status == 0, output
     for case in CASES:
         train.train(train.Config(**config(inputs, case, folder / "1" / case)))
     train.train(train.Config(**config(inputs, "dpo", folder / "resumed", resume=True)))
@@ -315,4 +346,4 @@ def test_a_signal_ends_all_ranks_after_the_same_step(inputs, tmp_path):
 
 
 if __name__ == "__main__":
-    as_rank(sys.argv[1])
+    fork_ranks(sys.argv[1])
