@@ -130,7 +130,7 @@ class GPT(nn.Module):
     def logits(self, hidden, centered=False):
         """The tied head: hidden (..., C) -> (..., V). Rows that only pad the table are cropped here.
 
-        centered: less their mean, which no softmax sees. GPT-2's logits are about -100, where bfloat16 has
+        centered: less their mean, which no softmax sees. GPT-2's logits are about -110, where bfloat16 has
         steps of 0.5; centred they are small and have small steps.
         """
         table = self.wte.weight

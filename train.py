@@ -28,9 +28,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-# Threads that wait are to sleep, not spin: with another process on a core, spinning makes a step of a small
-# model ten times slower. Read once, when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read once, when torch is loaded. Threads that wait are to sleep, not spin: with another process on a core,
+# spinning makes a step of a small model ten times slower. And a bfloat16 matrix product on the CPU leaves its
+# workspace in a cache of 1024 shapes; batches have ever new ones, and memory grows for hundreds of steps.
+for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16"),
+                    ("LRU_CACHE_CAPACITY", "16")):
+    os.environ.setdefault(name, value)
 
 import numpy as np
 import torch

@@ -350,7 +350,9 @@ class Side:
 
     def __init__(self, o, side):
         options = json.dumps(vars(o) | {"side": side})
+        as_torch_has_it = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
         self.process = subprocess.Popen([sys.executable, __file__, "--work", options],
+                                        env=os.environ | (as_torch_has_it if side != "ours" else {}),
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self, number):

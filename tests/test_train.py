@@ -359,6 +359,25 @@ def test_no_tensor_is_larger_than_the_logits_of_one_chunk(loss, cached, pairs, t
     assert largest.numel == n * V, (largest.numel / V, n)
 
 
+def test_bfloat16_products_of_ever_new_shapes_do_not_fill_the_memory():
+    """train.py bounds the cache of their workspaces, which it must do before torch is loaded."""
+    program = """
+import train, torch
+memory = lambda: int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
+torch.set_num_threads(1)
+x, w = torch.ones(300, 1024, dtype=torch.bfloat16), torch.ones(1024, 1024, dtype=torch.bfloat16)
+x[:100] @ w
+before = memory()
+for n in range(101, 300):
+    x[:n] @ w
+print(memory() - before)
+"""
+    environment = {name: x for name, x in os.environ.items() if "CACHE_CAPACITY" not in name}
+    grown = subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE.parent, check=True,
+                           capture_output=True, text=True).stdout
+    assert int(grown) < 60e6  # 20 MB; 125 MB, and more with every further shape, without the bound
+
+
 @pytest.mark.parametrize("loss", ["dpo", "tdpo2"])
 def test_bfloat16_keeps_the_digits_of_logits_of_which_all_are_large(loss, pairs):
     """Logits of about -100, as GPT-2's: bfloat16 would round them to 0.5, and their gradients with them."""
