@@ -645,6 +645,38 @@ def test_a_large_vocabulary_is_compiled_by_itself_on_the_cpu_only_its_head(
     assert seen() == (compiled if compile else [])
 
 
+class Kept:
+    """A stored reference: zeros."""
+
+    def __init__(self, pairs, *width):
+        self.counts, self.width = pairs.rows[:, 2:4].sum(-1), width
+
+    def look_up(self, index):
+        return torch.zeros(int(self.counts[index].sum()), *self.width)
+
+
+@pytest.mark.parametrize("stored", [None, "log-probabilities", "hidden states"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_micro_batch_runs_on_its_device_alone_and_reads_nothing_back(loss, stored, pairs, monkeypatch):
+    """On torch's device without numbers, where a tensor of the CPU, or a number asked for, is an error."""
+    if stored and loss == "sft" or stored == "log-probabilities" and loss.startswith("tdpo"):
+        pytest.skip("there is no such store")
+    engine = make_engine(loss, pairs, dtype="float32")
+    for model in filter(None, (engine.policy, engine.reference)):
+        model.to("meta")
+    engine.cfg = dataclasses.replace(engine.cfg, device="meta")
+    monkeypatch.setattr(data, "move", lambda tensor, device: tensor.to(device))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    if engine.segmented:
+        engine.aspect_weights = engine.aspect_weights.to("meta")
+        engine.score_maximum = engine.score_maximum.to("meta")
+    if stored:
+        engine.stores["train"] = Kept(pairs, *[engine.policy.config.n_embd] * (stored == "hidden states"))
+    rows = engine.run_pairs(pairs, np.arange(8), "train", 0.125)
+    assert all(row.shape == (8,) and row.is_meta for row in rows.values())
+    assert all(p.grad.is_meta for p in engine.policy.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 7  The numbers that are logged
 
