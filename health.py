@@ -14,9 +14,10 @@ from runs import RunError
 def check_start(cfg, m):
     """Where the policy is the reference, the loss is log 2 (2D-DPO's Eq. 6: N log 2) and every margin 0."""
     expected = math.log(2) * m.get("segments/paired", 1)
-    slope = max(1, cfg.beta * (1 + (cfg.lam or 0)))  # of the loss in a log-ratio: DPOP's is 15 by default
-    tolerance = slope * {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]
-    if not (abs(m["loss"] - expected) <= tolerance and abs(m["rewards/margins"]) <= tolerance):  # NaN too
+    nats = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]  # a log-ratio may be off by
+    slope = cfg.beta * (1 + (cfg.lam or 0)) / 2  # of the loss in a log-ratio at 0; DPOP's is 7.65 by default
+    if not (abs(m["loss"] - expected) <= nats * max(1, slope)
+            and abs(m["rewards/margins"]) <= nats * max(1, cfg.beta)):  # NaN too
         raise RunError(f"policy and reference are equal, yet the loss is {m['loss']:.6f}, not "
                        f"{expected:.6f}, or the margin {m['rewards/margins']:.6f}, not 0: please report this")
     name = "mean N log 2" if "segments/paired" in m else "log 2"

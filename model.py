@@ -135,7 +135,7 @@ class GPT(nn.Module):
         """
         table = self.wte.weight
         if centered:
-            table = table - table.detach().mean(0)
+            table = table - table[:self.config.vocab_size].detach().mean(0)
         return F.linear(hidden, table)[..., :self.config.vocab_size]
 
     @torch.no_grad()

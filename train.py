@@ -28,9 +28,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-# Read once, when torch is loaded. Threads that wait are to sleep, not spin: with another process on a core,
-# spinning makes a step of a small model ten times slower. And a bfloat16 matrix product on the CPU leaves its
-# workspace in a cache of 1024 shapes; batches have ever new ones, and memory grows for hundreds of steps.
+# Before torch reads them. Threads that wait are to sleep, not spin: with another process on a core, spinning
+# makes a step of a small model ten times slower. And a bfloat16 product on the CPU leaves its workspace in a
+# cache of 1024 shapes; batches have ever new ones, and memory grows for hundreds of steps.
 for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16"),
                     ("LRU_CACHE_CAPACITY", "16")):
     os.environ.setdefault(name, value)
@@ -103,7 +103,7 @@ class Config:
     # the machine
     device: str | None = None  # default: cuda where there is one, else cpu
     dtype: str | None = None  # float32, bfloat16 (autocast), float64; default bfloat16 on cuda, else float32
-    compile: bool | None = None  # torch.compile; default: where V > 10 000, on the CPU the head only
+    compile: bool | None = None  # torch.compile; default: V > 10 000 and a compiler; on the CPU the head only
     head_tokens: int | None = None  # response tokens with logits at once; default: 2^24 logits, 2^28 on cuda
     ref_cache: bool = True  # evaluate the reference once and store its numbers
     ref_cache_gb: float = 8.0  # a larger store is not made: the reference then runs in every step
@@ -615,8 +615,8 @@ def load_model(flag, cfg, tokenizer):
     if c.vocab_size != tokenizer.vocab_size:
         raise ConfigError(f"--{flag} {name}: has {c.vocab_size} token ids, the tokenizer "
                           f"{tokenizer.vocab_size}; choose the tokenizer it was trained with")
-    if (own := data.own_tokenizer(name)) and own.hash != tokenizer.hash:
-        raise ConfigError(f"--{flag} {name}: has another tokenizer than the policy; choose a reference that "
+    if flag == "ref" and (own := data.own_tokenizer(name)) and own.hash != tokenizer.hash:
+        raise ConfigError(f"--ref {name}: has another tokenizer than the policy; choose a reference that "
                           "reads the same token ids")
     for key in ("n_layer", "n_head", "n_embd") if flag == "init" else ():
         if getattr(cfg, key) not in (None, getattr(c, key)):
@@ -783,8 +783,9 @@ def train(cfg, nested=False):
         if start == cfg.steps and runs.read_run(folder)["finished"] == start:
             say(f"{folder}: finished at step {start}; more --steps would go on from there")
             return after
+        scored = pairs.n_aspects and cfg.loss != "sft"
         run = {"config": dataclasses.asdict(cfg), "identity": identity, "finished": None,
-               "score_maximum": pairs.score_maximum().tolist() if pairs.n_aspects else None}
+               "score_maximum": pairs.score_maximum().tolist() if scored else None}
         runs.write_json(folder / "run.json", run)
         log = runs.Log(folder / "log.jsonl", start, run | header(cfg, engine, pairs, val, start))
         if engine.reference:

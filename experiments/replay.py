@@ -325,6 +325,8 @@ def build(run, store):
     """Engine, reference, tokenizer, data of a run."""
     world = run.world
     tokenizer, pairs, val, margins = encoded(world, run.one_segment)
+    if run.loss == "sft":
+        pairs, val = pairs.chosen_only(), val.chosen_only()
     init = reference_folder(world, store)
     loss = "dpo" if run.loss == "unweighted" else run.loss
     cfg = train.Config(

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as model_file
+import train
 from data import PADDING, Pair, collate
 from model import GPT, GPTConfig, ModelError
 
@@ -112,6 +113,7 @@ def test_centered_logits_are_the_logits_less_one_number_a_position():
         hidden = model(random_tokens(2, 5)).detach().requires_grad_()
         plain, centered = model.logits(hidden), model.logits(hidden, centered=True)
         close((plain - centered).std(-1), torch.zeros(2, 5, dtype=torch.float64))
+        close(centered.mean(-1), torch.zeros(2, 5, dtype=torch.float64))
         logps = [logits.log_softmax(-1)[..., 3] for logits in (plain, centered)]
         gradients = [torch.autograd.grad((x**2).sum(), [hidden, model.wte.weight]) for x in logps]
         for a, b in zip(*gradients, strict=True):
@@ -274,7 +276,7 @@ def test_a_shared_prompt_row_equals_two_separate_sequences():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not train.can_compile(), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, about torch.jit
 def test_a_compiled_forward_gives_the_same_hidden_states_and_gradients():
     """torch.compile, without a graph break, with the branch mask and without any."""

@@ -95,11 +95,13 @@ def start(n, *argv):
 
 
 def finish(process, timeout=150):
-    """(status, output). A run that hangs fails the test, and torchrun takes its ranks along."""
+    """(status, output). A run that hangs fails the test, and its ranks end with it."""
     try:
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
     except subprocess.TimeoutExpired:
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
         process.terminate()  # torchrun ends its ranks, after 30 s by force
         output, _ = process.communicate(timeout=60)
         pytest.fail(f"hangs; its output: {output[-3000:]}")
@@ -147,7 +149,7 @@ def folder(inputs, tmp_path_factory):
         configs = [config(inputs, case, folder / str(n) / case) for case in CASES]
         groups.append((n, [*configs, config(inputs, "dpo", folder / "resumed", **resumed)]))
     (folder / "groups.json").write_text(json.dumps(groups))
-    status, output = launch(None, __file__, folder / "groups.json")
+    status, output = finish(start(None, __file__, folder / "groups.json"), timeout=300)
     assert status == 0, output
     for case in CASES:
         train.train(train.Config(**config(inputs, case, folder / "1" / case)))

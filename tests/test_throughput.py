@@ -5,7 +5,6 @@ Every sentence is about the step of train.Engine in float64: loss and gradient o
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.slow  # processes and training: seconds each
 
 OPTIONS = argparse.Namespace(lengths="tiny", vocab=97, length_times=1, batches=1, pairs=5, device="cpu",
                              dtype="float64", loss="dpo")
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not train.can_compile(), reason="torch.compile needs a C++ compiler")
 
 
 def models(dtype=torch.float64):
@@ -104,7 +103,7 @@ def test_a_compiled_head_changes_nothing(tmp_path, loss):
 
 
 def test_on_the_cpu_the_head_is_compiled_by_default_where_a_large_vocabulary_pays_for_it(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(train, "can_compile", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: "compiled")
     for loss, vocabulary, choice, compiled in [("tdpo2", 50257, None, True), ("dpo", 50257, None, True),
                                                ("tdpo2", 97, None, False), ("tdpo2", 50257, False, False),

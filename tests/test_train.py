@@ -151,6 +151,7 @@ def store(engine, pairs, index, split, folder, ref_hash="hash"):
 def run_step(engine, pairs, micro=100, index=None, scale=0.125):
     """A step's rows joined in the order of the pairs, {name: (B,)}, and its gradient, {name: tensor}."""
     engine.policy.zero_grad()
+    pairs = pairs.chosen_only() if engine.cfg.loss == "sft" else pairs
     index = np.arange(len(pairs)) if index is None else index
     micros = data.micro_batches(pairs, index, micro)
     rows = [engine.run_pairs(pairs, m, "train", scale) for m in micros]
@@ -360,7 +361,7 @@ def test_no_tensor_is_larger_than_the_logits_of_one_chunk(loss, cached, pairs, t
 
 
 def test_bfloat16_products_of_ever_new_shapes_do_not_fill_the_memory():
-    """train.py bounds the cache of their workspaces, which it must do before torch is loaded."""
+    """train.py bounds the cache of their workspaces. Skipped where nothing grows without a bound."""
     program = """
 import train, torch
 memory = lambda: int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
@@ -372,10 +373,16 @@ for n in range(101, 300):
     x[:n] @ w
 print(memory() - before)
 """
-    environment = {name: x for name, x in os.environ.items() if "CACHE_CAPACITY" not in name}
-    grown = subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE.parent, check=True,
-                           capture_output=True, text=True).stdout
-    assert int(grown) < 60e6  # 20 MB; 125 MB, and more with every further shape, without the bound
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
+    plain = {name: x for name, x in os.environ.items() if "CACHE_CAPACITY" not in name}
+    unbounded = plain | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
+    grown, without = (int(subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE.parent,
+                                         check=True, capture_output=True, text=True).stdout)
+                      for environment in (plain, unbounded))  # here 20 and 125 MB
+    if without < 60e6:
+        pytest.skip(f"products of this CPU keep {without / 1e6:.0f} MB")
+    assert grown < 0.5 * without
 
 
 @pytest.mark.parametrize("loss", ["dpo", "tdpo2"])
@@ -389,6 +396,9 @@ def test_bfloat16_keeps_the_digits_of_logits_of_which_all_are_large(loss, pairs)
     batch = make_engine(loss, pairs, models=models, dtype="float32").collate(pairs, range(8))
     hidden = models[0](batch.tokens, batch.positions, batch.mask())
     assert models[0].logits(hidden).median() < -64  # where bfloat16 has steps of 0.5
+    for model in models:  # with the zero rows that train.py's models have
+        table = torch.cat([model.wte.weight.detach(), torch.zeros(63, 16)])
+        model.wte.weight = torch.nn.Parameter(table)
     results = {}
     for dtype in ("bfloat16", "float64"):
         engine = make_engine(loss, pairs, models=[copy.deepcopy(m) for m in models], dtype=dtype)
@@ -516,13 +526,15 @@ def test_check_start_raises_when_loss_or_margin_is_off():
                         health.check_start(cfg, right | {name: right[name] + 1.1 * sign * tolerance})
 
 
-def test_the_start_of_dpop_may_be_off_by_its_slope_times_as_much():
-    """beta (1 + lambda) = 0.3 x 51: a rounding of 1e-5 nats in a log-ratio is 1.5e-4 in the loss."""
-    right = {"loss": math.log(2), "rewards/margins": 0.0}
-    cfg = config("dpop", dtype="float32")
-    health.check_start(cfg, right | {"loss": math.log(2) + 0.9 * 15.3e-4})
-    with pytest.raises(RunError, match="policy and reference are equal, yet the loss is"):
-        health.check_start(cfg, right | {"loss": math.log(2) + 1.1 * 15.3e-4})
+@pytest.mark.parametrize("loss, beta, off_by, margin", [("dpop", 0.3, 7.65e-4, 1e-4),
+                                                        ("dpo", 20.0, 1e-3, 2e-3)])
+def test_the_start_may_be_off_by_the_slope_of_the_loss_and_the_margin_by_beta(loss, beta, off_by, margin):
+    """beta (1 + lambda) / 2 = 0.3 x 51 / 2: a rounding of 1e-5 nats in a log-ratio is 7.65e-5 in the loss."""
+    right, cfg = {"loss": math.log(2), "rewards/margins": 0.0}, config(loss, dtype="float32", beta=beta)
+    for name, tolerance in (("loss", off_by), ("rewards/margins", margin)):
+        health.check_start(cfg, right | {name: right[name] + 0.9 * tolerance})
+        with pytest.raises(RunError, match="policy and reference are equal, yet the loss is"):
+            health.check_start(cfg, right | {name: right[name] + 1.1 * tolerance})
 
 
 def test_a_run_stops_where_the_start_is_off(model_a, model_b, tmp_path, monkeypatch, capsys):
@@ -589,6 +601,7 @@ def test_a_step_waits_for_the_device_once(loss, model_a, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not train.can_compile(), reason="torch.compile needs a C++ compiler and Python's headers")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from its compiler
 def test_a_compiled_run_gives_the_numbers_of_an_eager_one_to_rounding(model_a, model_b, tmp_path):
     """Trunk and head, with the full-vocabulary KL, in several micro-batches and chunks."""
@@ -619,7 +632,7 @@ ALL = ["GPT", "GPT", "head"]
     (10_001, "cuda", None, ALL), (10_000, "cuda", None, []), (10_001, "cuda", False, []),
     (257, "cpu", True, ALL), (257, "cuda", True, ALL)])
 def test_a_large_vocabulary_is_compiled_by_itself_on_the_cpu_only_its_head(
-        vocab_size, device, compile, compiled, pairs, monkeypatch):
+        vocab_size, device, compile, compiled, pairs, tmp_path, monkeypatch):
     """And neither without a compiler, nor without Python's headers, nor under torchrun."""
     models = [small(seed, vocab_size=vocab_size, n_embd=8) for seed in (0, 1)]
 
@@ -632,10 +645,12 @@ def test_a_large_vocabulary_is_compiled_by_itself_on_the_cpu_only_its_head(
         assert engine.collate(pairs, [0]).tokens.shape[1] % 64 == 0 or engine.compiles is False
         return names
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.shutil, "which", lambda name: f"/usr/bin/{name}")
-        patch.setattr(train.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
-        assert seen() == (compiled if compile else [])  # no Python.h there
+    headers = tmp_path / "headers"
+    headers.mkdir()
+    monkeypatch.setattr(train.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(train.sysconfig, "get_path", lambda name: str(headers))
+    assert seen() == (compiled if compile else [])
+    (headers / "Python.h").touch()
     assert seen() == compiled
     with monkeypatch.context() as patch:
         patch.setattr(train.shutil, "which", lambda name: None)
