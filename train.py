@@ -31,9 +31,9 @@ from pathlib import Path
 # Before torch reads them. Threads that wait are to sleep, not spin: with another process on a core, spinning
 # makes a step of a small model ten times slower. And a bfloat16 product on the CPU leaves its workspace in a
 # cache of 1024 shapes; batches have ever new ones, and memory grows for hundreds of steps.
-for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16"),
-                    ("LRU_CACHE_CAPACITY", "16")):
-    os.environ.setdefault(name, value)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 import numpy as np
 import torch
@@ -685,7 +685,7 @@ def make_reference(cfg, pairs, val, tokenizer):
             if run["finished"]:
                 say(f"no --init: the reference is the SFT model in {folder}, made by an earlier run")
                 return str(folder)
-        elif runs.files_of(folder):
+        elif not runs.is_free(folder):
             continue
         say(f"no --init: first a reference, by SFT on the chosen responses, into {folder}")
         train(dataclasses.replace(sft, out_dir=str(folder), resume=begun), nested=True)

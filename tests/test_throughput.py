@@ -102,18 +102,6 @@ def test_a_compiled_head_changes_nothing(tmp_path, loss):
     assert_equal(fused, step(tmp_path, loss, head_tokens=40))
 
 
-def test_on_the_cpu_the_head_is_compiled_by_default_where_a_large_vocabulary_pays_for_it(monkeypatch):
-    monkeypatch.setattr(train, "can_compile", lambda: True)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: "compiled")
-    for loss, vocabulary, choice, compiled in [("tdpo2", 50257, None, True), ("dpo", 50257, None, True),
-                                               ("tdpo2", 97, None, False), ("tdpo2", 50257, False, False),
-                                               ("dpo", 97, True, True)]:
-        with torch.device("meta"):
-            policy = GPT(GPTConfig(vocabulary, 8, 1, 1, 8))
-        cfg = train.fill_defaults(train.Config(loss=loss, device="cpu", compile=choice, out_dir="x"))
-        assert (train.Engine(cfg, policy, policy).head == "compiled") is compiled
-
-
 def test_bfloat16_stays_near_float32(tmp_path):
     """Autocast rounds each factor to 8 bits: the loss within 2e-2, the gradient within 3 % of its length."""
     loss, gradient = step(tmp_path, "tdpo2", "bfloat16")

@@ -406,9 +406,9 @@ def test_bfloat16_keeps_the_digits_of_logits_of_which_all_are_large(loss, pairs)
     (rows, gradient), (right, right_gradient) = results.values()
     tokens = pairs.rows[:, 2] + pairs.rows[:, 3]
     for name in ("chosen_logps", "ref_chosen_logps"):
-        assert ((rows[name] - right[name]).abs() < 0.01 * torch.from_numpy(tokens)).all()
+        assert ((rows[name] - right[name]).abs() < 0.004 * torch.from_numpy(tokens)).all()
     for name, g in right_gradient.items():
-        assert (gradient[name] - g).norm() < 0.1 * g.norm(), name
+        assert (gradient[name] - g).norm() < 0.05 * g.norm(), name
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -961,6 +961,15 @@ def test_a_start_that_is_refused_leaves_its_folder_to_the_next(tmp_path, monkeyp
     assert list(Path("out/dpo/data").iterdir())
     train.train(Config(**common | TINY | {"val_data": (good,)}))
     assert Path("out/dpo/run.json").exists() and not Path("out/dpo-2").exists()
+
+
+def test_a_file_in_the_place_of_the_sft_folder_is_passed_by(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write_lines(tmp_path / "x.jsonl", RECORDS)
+    Path("out").mkdir()
+    Path("out/sft").write_text("mine")
+    train.train(Config(data=(file,), val_data=(file,), device="cpu", steps=1, batch_size=8, **TINY))
+    assert Path("out/sft").read_text() == "mine" and Path("out/sft-2/run.json").exists()
 
 
 def test_a_run_gets_a_folder_of_its_own_and_the_sft_reference_is_reused_only_when_everything_matches(
