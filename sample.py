@@ -4,6 +4,8 @@
 training made it likelier than under the reference (green, +) or less likely (red, -).
 """
 
+from train import Config, response_logps  # isort: skip  (first: it sets what torch reads on import)
+
 import argparse
 import json
 import os
@@ -15,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
-import losses
-import runs
-from model import GPT, ModelError
-from runs import ConfigError
+from data import Pair, Tokenizer, collate
+from model import GPT
+from plumbing import machine, vocab
+from plumbing.errors import ConfigError
+from plumbing.flags import check_vocabulary
+from plumbing.folder import read_run
+from plumbing.formats import ASSISTANT, TURN
+from plumbing.report import fail, one_line_errors
 
 
 def read_prompts(path):
@@ -42,21 +47,17 @@ def read_prompts(path):
     return prompts
 
 
-@torch.no_grad()
 def token_rewards(policy, reference, prompt, response, beta):
     """beta log pi(y_t|x,y_<t) / pi_ref(y_t|x,y_<t) of each response token: ids (P,), (N,) -> N numbers.
 
     They sum to the response's implicit reward, beta log pi(y|x)/pi_ref(y|x).
     """
     none, scores = response[:0], np.zeros((1, 0), dtype=np.float32)
-    batch = data.collate([data.Pair(prompt, response, none, 0 * response, none, scores, scores[:0])])
-    batch = batch.to(policy.wte.weight.device)
-    row, column = batch.source
-    logps = []
-    for model in (policy, reference):
-        hidden = model(batch.tokens, batch.positions, batch.mask())[row, column]  # (N, C)
-        logps.append(losses.token_logps(model.logits(hidden), batch.target))  # (N,)
-    return (beta * (logps[0] - logps[1])).tolist()
+    batch = collate([Pair(prompt, response, none, 0 * response, none, scores, scores[:0])])
+    device = policy.wte.weight.device
+    cfg = Config(device=str(device), dtype="float32", head_tokens=len(response))
+    logps, ref_logps = (response_logps(model, batch.to(device), cfg) for model in (policy, reference))  # (N,)
+    return (beta * (logps - ref_logps)).tolist()
 
 
 def heat(tokenizer, ids, rewards, color):
@@ -89,9 +90,8 @@ def side_by_side(columns, width):
 
 
 def parse_flags(argv):
-    summary = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("sample.py", description=summary, allow_abbrev=False)
-    parser.error = fail
+    parser = argparse.ArgumentParser("sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail("sample.py", message)
     parser.add_argument("out_dir", help="the folder of a preference run, or of SFT with --ref")
     parser.add_argument("--prompt", action="append", default=[], help="as in the data (may be repeated)")
     parser.add_argument("--prompts", help='a file of prompts, one a line or JSONL with "prompt"; - is stdin')
@@ -107,47 +107,52 @@ def parse_flags(argv):
     parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
     parser.add_argument("--top_p", type=float, help="sample from the fewest tokens that reach p")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same answers (default 0)")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=best, help=f"cpu or cuda (default {best})")
+    best = machine.best_device()
+    parser.add_argument("--device", default=best, help=f"cpu, cuda, mps, ... (default {best})")
     return parser.parse_args(argv)
+
+
+def check(args):
+    """Refuse a flag that cannot be served."""
+    for flag, fine, needs in (
+            ("response", args.response is None or args.heat, "goes with --heat"),
+            ("max_new_tokens", args.max_new_tokens >= 1, "must be at least 1"),
+            ("temperature", args.temperature >= 0, "must be at least 0"),
+            ("top_k", args.top_k is None or args.top_k >= 1, "must be at least 1"),
+            ("top_p", args.top_p is None or 0 < args.top_p <= 1, "must be greater than 0 and at most 1"),
+            ("seed", 0 <= args.seed < 2**63, "must be at least 0 and below 2^63"),
+            ("device", machine.usable(args.device), "torch cannot use it here; choose cpu")):
+        if not fine:
+            raise ConfigError(f"--{flag} {getattr(args, flag)}: {needs}")
+
+
+def load(args):
+    """(policy, reference, tokenizer, beta) of a run's folder."""
+    config = read_run(args.out_dir)["config"]
+    ref = args.ref or config["ref"]
+    if ref is None:
+        raise ConfigError(f"{args.out_dir}: this run has no reference; name one with --ref")
+    tokenizer = Tokenizer(args.out_dir)
+    policy, reference = (GPT.from_pretrained(name).to(args.device) for name in (args.out_dir, ref))
+    if vocab.is_in(ref) and Tokenizer(ref).hash != tokenizer.hash:
+        raise ConfigError(f"--ref {ref}: has another tokenizer than the run")
+    check_vocabulary("ref", ref, reference.config.vocab_size, tokenizer)
+    return policy, reference, tokenizer, config["beta"] or 1.0  # without a beta: plain log-ratios
 
 
 def sample(args):
     """Print what the flags ask for."""
-    if args.response is not None and not args.heat:
-        raise ConfigError("--response: goes with --heat")
-    if args.max_new_tokens < 1:
-        raise ConfigError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-    if not args.temperature >= 0:
-        raise ConfigError(f"--temperature {args.temperature}: must be at least 0")
-    if args.top_k is not None and args.top_k < 1:
-        raise ConfigError(f"--top_k {args.top_k}: must be at least 1")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise ConfigError(f"--top_p {args.top_p}: must be greater than 0 and at most 1")
-    if not 0 <= args.seed < 2**63:
-        raise ConfigError(f"--seed {args.seed}: must be at least 0 and below 2^63")
-    runs.check_device(args.device)
+    check(args)
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ConfigError('--prompt: say what to answer, --prompt "..." or --prompts FILE')
-    config = runs.read_run(args.out_dir)["config"]
-    ref = args.ref or config["ref"]
-    if ref is None:
-        raise ConfigError(f"{args.out_dir}: an SFT run has no reference; name one with --ref")
-    tokenizer = data.Tokenizer(args.out_dir)
-    policy, reference = (GPT.from_pretrained(name).to(args.device) for name in (args.out_dir, ref))
-    if (own := data.own_tokenizer(ref)) and own.hash != tokenizer.hash:
-        raise ConfigError(f"--ref {ref}: has another tokenizer than the run")
-    if reference.config.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(f"--ref {ref}: has {reference.config.vocab_size} token ids, the run "
-                               f"{tokenizer.vocab_size}")
-    beta = config["beta"] or 1.0  # of an SFT run: plain log-ratios
+    policy, reference, tokenizer, beta = load(args)
     color = args.color if args.color is not None else sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    width, block_size = shutil.get_terminal_size((100, 24)).columns, policy.config.block_size
-
+    width = shutil.get_terminal_size((100, 24)).columns
+    block_size = min(model.config.block_size for model in (policy, reference))
     for prompt in prompts:
         if args.chat:
-            prompt = data.TURN["user"] + prompt + data.ASSISTANT
+            prompt = TURN["user"] + prompt + ASSISTANT
         ids = np.array(tokenizer.encode(prompt) or [tokenizer.eot])
         response = None
         if args.response is not None:
@@ -178,19 +183,9 @@ def generate(model, tokenizer, prompt, args):
     return tokens[0, len(prompt):].cpu().numpy()
 
 
-def fail(message):
-    """Bad input: one clear line and exit status 2."""
-    print(f"sample.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(argv=None):
-    try:
+    with one_line_errors("sample.py"):
         sample(parse_flags(argv))
-    except (ConfigError, data.DataError, ModelError) as e:
-        fail(e)
-    except BrokenPipeError:  # the reader, head or less, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Every stage is a function that is called by its name in this module, so that gol
 wrong one in its place, here or in losses.py, and run the same regime again.
 """
 
-import inspect
 import sys
 from pathlib import Path
 
@@ -15,22 +14,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # losses.py, whatever the folder
 
 import losses
+from model import GPT, GPTConfig
 
 SIDES = ("chosen", "rejected")
-LOSSES = {                                                       # loss: its function in losses.py, its knobs
-    "sft": ("sft_loss", {}),
-    "dpo": ("dpo_loss", {"beta": 0.1}),
-    "dpop": ("dpop_loss", {"beta": 0.3, "lam": 5.0}),
-    "tdpo1": ("tdpo1_loss", {"beta": 0.1}),
-    "tdpo2": ("tdpo2_loss", {"beta": 0.1, "alpha": 0.5}),
-    "2d-dpo-vanilla": ("dpo2d_vanilla_loss", {"beta": 0.5}),
-    "2d-dpo": ("dpo2d_loss", {"beta": 0.5}),
+HYPER = {                                                        # the hyper-parameters of the golden results
+    "sft": {}, "dpo": {"beta": 0.1}, "dpop": {"beta": 0.3, "lam": 5.0}, "tdpo1": {"beta": 0.1},
+    "tdpo2": {"beta": 0.1, "alpha": 0.5}, "2d-dpo": {"beta": 0.5}, "2d-dpo-vanilla": {"beta": 0.5},
 }
-ARGUMENTS = {                                                    # loss: the names of its tensors, in order
-    name: [p.name for p in inspect.signature(getattr(losses, function)).parameters.values()
-           if p.kind is p.POSITIONAL_OR_KEYWORD]
-    for name, (function, _) in LOSSES.items()
-}
+TERMS = {name: losses.terms_of(losses.LOSSES[name]) for name in HYPER}  # the names of its tensors, in order
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -84,20 +75,20 @@ def segment_logps(token_logps, segments, num):
     return sums.view(rows, num + 1)[:, :num]                     # (B, num)
 
 
-def normalised(scores, aspect_max):
-    """Each aspect divided by its maximum, to [0, 1]. (B, S, A), (A,) -> (B, S, A)."""
+def normalised(scores, aspect_max, present):
+    """Each aspect divided by its maximum, to [0, 1]. (B, S, A), (A,), (B, S) bool -> (B, S, A)."""
     return scores / aspect_max
 
 
-def implicit_reward(logps, ref_logps, seq_kl, *, beta):
-    """beta log pi(y|x)/pi_ref(y|x), what a log calls rewards. (B,), three times -> (B,)."""
-    return beta * (logps - ref_logps)
+def implicit_reward(name, q, side):
+    """beta log pi(y|x)/pi_ref(y|x), what a log calls the reward of a loss. Returns (B,)."""
+    return HYPER[name]["beta"] * (q[f"{side}_logps"] - q[f"ref_{side}_logps"])
 
 
 def loss_value(name, q):
     """The loss (B,) from the quantities q of the regime: one call into losses.py."""
-    function, knobs = LOSSES[name]
-    return getattr(losses, function)(*[q[argument_source(name, a)] for a in ARGUMENTS[name]], **knobs)
+    function = getattr(losses, losses.LOSSES[name].__name__)     # by its name, so that a mistake can replace it
+    return function(*[q[source(name, term)] for term in TERMS[name]], **HYPER[name])
 
 
 def objective(loss):
@@ -109,18 +100,45 @@ def objective(loss):
 # The whole way
 
 
-def argument_source(name, argument):
-    """The quantity that a loss receives as this argument: 2D-DPO's log-probabilities are sums per segment."""
-    if name.startswith("2d"):
-        return argument.replace("_logps", "_segment_logps").replace("_mask", "_segment_mask")
-    return argument
+def source(name, term):
+    """The quantity that a loss receives under this name: one with segments takes sums per segment."""
+    if "chosen_rewards" in TERMS[name]:
+        return term.replace("_logps", "_segment_logps").replace("_mask", "_segment_mask")
+    return term
 
 
-def quantities(inputs, dtype):
+def model_of(inputs, which, dtype):
+    """The GPT whose parameters are among the inputs, "policy" or "reference"."""
+    start = f"{which}/"
+    weights = {name.removeprefix(start): x.to(dtype) for name, x in inputs.items() if name.startswith(start)}
+    layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    (vocab_size, n_embd), block_size = weights["wte.weight"].shape, len(weights["wpe.weight"])
+    gpt = GPT(GPTConfig(vocab_size, block_size, len(layers), int(inputs["n_head"]), n_embd)).to(dtype)
+    gpt.load_state_dict(weights)
+    return gpt
+
+
+def all_logits(inputs, dtype):
+    """The logits of a regime, by name, and the parameters behind them: given, or computed by two GPTs."""
+    if "chosen_logits" in inputs:
+        given = {f"{ref}{side}_logits": inputs[f"{ref}{side}_logits"].to(dtype)
+                 for side in SIDES for ref in ("", "ref_")}
+        return given | {f"{side}_logits": given[f"{side}_logits"].requires_grad_() for side in SIDES}, {}
+    logits = {}
+    for ref, which in (("", "policy"), ("ref_", "reference")):
+        gpt = model_of(inputs, which, dtype).requires_grad_(which == "policy")
+        for side in SIDES:
+            logits[f"{ref}{side}_logits"] = gpt.logits(gpt(inputs[f"{side}_ids"]))
+        if which == "policy":
+            parameters = dict(gpt.named_parameters())
+    return logits, parameters
+
+
+def quantities(inputs, logits, dtype):
     """Everything below the losses: log-probabilities per token, segment and sequence, KL, rewards.
 
-    Args: inputs, the input tensors of a regime by name (golden/README.md lists them); dtype to compute in.
-    Returns a dict by name; `chosen_logits` and `rejected_logits` in it are the leaves of the gradients.
+    Args: inputs, the input tensors of a regime by name (golden/README.md lists them); logits, of all_logits;
+    dtype to compute in. Returns a dict by name.
     """
     q = {}
     for side in SIDES:
@@ -128,9 +146,7 @@ def quantities(inputs, dtype):
         scores = inputs[f"{side}_scores"].to(dtype)              # (B, S, A)
         B, T = ids.shape
         S = scores.shape[1]
-        logits = inputs[f"{side}_logits"].to(dtype).requires_grad_()  # (B, T, V)
-        z = predicting_logits(logits)
-        z_ref = predicting_logits(inputs[f"ref_{side}_logits"].to(dtype))
+        z, z_ref = (predicting_logits(logits[f"{ref}{side}_logits"]) for ref in ("", "ref_"))  # (B, T, V)
 
         def grid(values, where, B=B, T=T):                       # (N,) -> (B, T), 0 elsewhere
             return values.new_zeros(B, T).index_put(where, values)
@@ -146,22 +162,22 @@ def quantities(inputs, dtype):
         kl = position_kl(z_ref[at], z[at], ids[at])              # (N,)
         q[f"{side}_token_kl"] = grid(kl, at)                     # (B, T)
         q[f"{side}_seq_kl"] = sequence_kl(kl, at[0], B)          # (B,)
-        present = inputs[f"{side}_segments"].unsqueeze(-1) == torch.arange(S)  # (B, T, S)
-        q[f"{side}_segment_mask"] = present.any(1)               # (B, S)
-        q[f"{side}_rewards"] = losses.segment_rewards(normalised(scores, inputs["aspect_max"].to(dtype)),
-                                                      inputs["aspect_weights"].to(dtype))  # (B, S)
-        q[f"{side}_logits"] = logits
+        present = (inputs[f"{side}_segments"].unsqueeze(-1) == torch.arange(S)).any(1)  # (B, S)
+        q[f"{side}_segment_mask"] = present
+        q[f"{side}_rewards"] = losses.segment_rewards(
+            normalised(scores, inputs["aspect_max"].to(dtype), present), inputs["aspect_weights"].to(dtype))
     return q
 
 
-def results(inputs, dtype, logit_gradients=True):
+def results(inputs, dtype, gradients=True):
     """Every golden result of one regime.
 
-    Args: inputs, as in `quantities`; dtype, torch.float64 or torch.float32; logit_gradients=False leaves out
-    the gradients in the logits (the slow half).
+    Args: inputs, as in `quantities`; dtype, torch.float64 or torch.float32; gradients=False leaves out those
+    in the logits and in a model's parameters (the slow half).
     Returns a dict, name -> tensor: "chosen_logps", ..., "dpo/loss" (B,), "dpo/grad_chosen_logps", ...
     """
-    q = quantities(inputs, dtype)
+    logits, parameters = all_logits(inputs, dtype)
+    q = quantities(inputs, logits, dtype)
     out = {f"{ref}{side}_{what}": q[f"{ref}{side}_{what}"] for side in SIDES for ref in ("", "ref_")
            for what in ("token_logps", "logps", "segment_logps")}
     out |= {f"{side}_{what}": q[f"{side}_{what}"] for side in SIDES
@@ -170,20 +186,19 @@ def results(inputs, dtype, logit_gradients=True):
                                               q["chosen_segment_mask"], q["rejected_segment_mask"])
     out["chosen_selected"] = torch.where(paired, i_w, -1)        # (B, K)
     out["rejected_selected"] = torch.where(paired, i_l, -1)      # (B, K)
-    for name in LOSSES:
+    for name, terms in TERMS.items():
         loss = loss_value(name, q)
         out[f"{name}/loss"] = loss
-        with_respect_to = {f"{name}/grad_{a}": q[argument_source(name, a)] for a in ARGUMENTS[name]
-                           if a.endswith(("logps", "kl")) and not a.startswith("ref_")}
-        if logit_gradients:
-            with_respect_to |= {f"{name}/grad_{side}_logits": q[f"{side}_logits"] for side in SIDES
-                                if f"{side}_logps" in ARGUMENTS[name]}
-        gradients = torch.autograd.grad(objective(loss), list(with_respect_to.values()), retain_graph=True,
-                                        materialize_grads=True)
-        out |= dict(zip(with_respect_to, gradients, strict=True))
-        if name in ("dpo", "dpop", "tdpo1", "tdpo2"):
-            beta = LOSSES[name][1]["beta"]
-            for side in SIDES:
-                out[f"{name}/{side}_reward"] = implicit_reward(q[f"{side}_logps"], q[f"ref_{side}_logps"],
-                                                               q[f"{side}_seq_kl"], beta=beta)
+        leaves = {f"{name}/grad_{term}": q[source(name, term)] for term in terms
+                  if term.endswith(("logps", "kl")) and not term.startswith("ref_")}
+        if gradients and parameters:
+            leaves |= {f"{name}/grad/{parameter}": p for parameter, p in parameters.items()}
+        elif gradients:
+            leaves |= {f"{name}/grad_{side}_logits": logits[f"{side}_logits"] for side in SIDES
+                       if f"{side}_logps" in terms}
+        found = torch.autograd.grad(objective(loss), list(leaves.values()), retain_graph=True,
+                                    materialize_grads=True)
+        out |= dict(zip(leaves, found, strict=True))
+        if "ref_chosen_logps" in terms and "chosen_rewards" not in terms:
+            out |= {f"{name}/{side}_reward": implicit_reward(name, q, side) for side in SIDES}
     return {name: value.detach() for name, value in out.items()}

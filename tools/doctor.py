@@ -17,6 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script
 
 import data  # noqa: E402
+from plumbing import formats  # noqa: E402
 
 CLOSE = 0.1  # normalised edit distance below which the two responses are nearly the same text
 
@@ -40,11 +41,11 @@ class Findings:
 def examine(paths, tokenizer, block_size):
     """Read every record of the files -> Findings."""
     found, seen, seen_cut = Findings(), set(), set()
-    for path in data.list_files(paths):
-        for where, record in data.read_records(path):
+    for path in formats.list_files(paths):
+        for where, record in formats.read_records(path):
             found.records += 1
             try:
-                form, prompt, *sides = data.parse_record(record)
+                form, prompt, *sides = formats.parse_record(record)
                 found.forms[path][form] += 1
                 pair = data.encode_pair(tokenizer, prompt, *sides, block_size, where)
             except data.UnusablePair as e:
@@ -156,7 +157,7 @@ def report(found, tokenizer, block_size):
     """Findings -> lines of text."""
     for path, forms in found.forms.items():
         for form, n in forms.items():
-            yield f"{path}: {n} records, {form} ({data.FORMS[form]})"
+            yield f"{path}: {n} records, {form} ({formats.FORMS[form]})"
     if found.malformed:
         yield f"\n{len(found.malformed)} malformed records: training refuses to start until they are mended"
         yield from ("  " + line for line in found.malformed[:10])
@@ -277,16 +278,16 @@ def plot(found, path):
 
 def segment_lines(paths):
     """Every pair in the segment form, as JSON lines; a response that has segments keeps them."""
-    for path in data.list_files(paths):
-        for where, record in data.read_records(path):
+    for path in formats.list_files(paths):
+        for where, record in formats.read_records(path):
             try:
-                _, prompt, *sides = data.parse_record(record)
+                _, prompt, *sides = formats.parse_record(record)
             except data.DataError as e:
                 raise data.DataError(f"{where}: {e}") from None
             out = {"prompt": prompt}
             for key, side in zip(("chosen", "rejected"), sides, strict=True):
                 if len(side) == 1 and not side[0][1]:
-                    side = [(text, []) for text in data.split_segments(side[0][0])]
+                    side = [(text, []) for text in formats.split_segments(side[0][0])]
                 out[key] = [{"text": text, "scores": scores or []} for text, scores in side]
             yield json.dumps(out, ensure_ascii=False)
 

@@ -1,4 +1,4 @@
-"""The processes of `torchrun --nproc_per_node=N train.py`: one rank a device; imports nothing of ours.
+"""The processes of `torchrun train.py`: one rank a device.
 
 Every rank holds a shard of policy, optimizer and live reference (fully_shard: FSDP2) and takes a share of
 each step's pairs. Sums are over all ranks, so the numbers are those of one process; rank 0 alone prints and
@@ -62,13 +62,13 @@ def stop():
 
 
 def yield_to_main(seconds=5):
-    """A rank that fails like rank 0, or because of it, leaves the message to rank 0, whose end is its own."""
+    """Wait, so that rank 0 reports the shared error first."""
     if rank():
         time.sleep(seconds)
 
 
 def shard(model):
-    """Shard the weights in place; the head's stay whole where no backward will ask for them again."""
+    """Shard the weights in place; a frozen model's head stays whole: no backward will gather it again."""
     if world() > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -83,7 +83,7 @@ def shard(model):
 
 
 def reshard(model):
-    """Give the whole weights that an evaluation leaves behind back: parameters() are the shards again."""
+    """After an evaluation: give the whole weights back, so that parameters() are the shards again."""
     if world() > 1:
         model.reshard()
 
@@ -115,27 +115,36 @@ def share(micros, model):
         yield (micro, 1) if len(micro) else (order[-1:], 0)
 
 
-def gather(rows, n):
+def gather(terms, n):
     """{name: (pairs,)} of this rank's micro-batches -> of all n pairs, in the order of the step."""
     if world() == 1:
-        return rows
-    own = torch.stack([torch.cat([row[name] for row in rows]).double() for name in rows[0]])  # (names, pairs)
+        return terms
+    own = torch.stack([x.double() for x in terms.values()])  # (names, pairs)
     width = math.ceil(n / world())
-    own = F.pad(own, (0, width - own.shape[1]))
+    own = F.pad(own, (0, width))[:, :width]  # stand-ins are beyond this rank's share
     parts = [torch.empty_like(own) for _ in range(world())]
     dist.all_gather(parts, own)
-    values = torch.stack(parts, -1).flatten(1)[:, :n]  # back from every world-th; stand-ins are beyond n
-    return [dict(zip(rows[0], values, strict=True))]
+    values = torch.stack(parts, -1).flatten(1)[:, :n]  # back from every world-th
+    return dict(zip(terms, values, strict=True))
+
+
+def any_of(value):
+    """True on every rank if it is True on one."""
+    if world() == 1:
+        return value
+    flag = torch.tensor(int(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def agree(signals):
-    """Signals that arrived here -> those on which all ranks act, in the same step."""
+    """The signals that arrived here -> the one on which all ranks act in the same step, or None."""
     if world() == 1:
-        return signals[:1]
+        return signals[0] if signals else None
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     number = torch.tensor(signals[0] if signals else 0, device=device)
     dist.all_reduce(number, dist.ReduceOp.MAX)
-    return [signal.Signals(number.item())] if number else []
+    return signal.Signals(number.item()) if number else None
 
 
 def whole(tensor):
@@ -152,5 +161,5 @@ def like(p, tensor):
 
 
 def is_lost(error):
-    """Is this the end of a connection to another rank, or a wait that took too long?"""
+    """True if a connection to another rank ended, or a wait for it took too long."""
     return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())

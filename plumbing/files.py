@@ -1,0 +1,109 @@
+"""Files read with one clear line for what cannot be, and written so that a kill leaves the last good one."""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from data import DataError
+from plumbing import ranks
+from plumbing.errors import RunError
+
+# ---------------------------------------------------------------------------------------------------------
+# What people bring
+
+
+def read_bytes(path):
+    """A whole file, decompressed when its name ends in .gz."""
+    try:
+        return gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def read_json_data(path):
+    try:
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{path}: not JSON ({e})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a run writes
+
+
+@contextmanager
+def writing(path):
+    """A full disk or a read-only folder is a RunError, whoever finds it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise RunError(f"{path}: cannot be written ({why}); what was saved before is intact, "
+                       "--resume goes on from there") from None
+
+
+def part_of(path):
+    return path.with_name(path.name + ".part")
+
+
+@ranks.only_main
+def write_atomically(path, write):
+    """Call write(temporary path), flush what it wrote to disk, and rename."""
+    part = part_of(path)
+    with writing(path):
+        try:
+            write(part)
+            with open(part, "r+b") as f:
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)  # on a full disk it would take the room that others need
+            raise
+        if os.name == "posix":  # the rename itself must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@ranks.only_main
+def write_folder(folder, write):
+    """Call write(an empty folder aside), then move the files that it wrote into place, one by one."""
+    aside = folder / "result.part"
+    with writing(aside):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            write(aside)
+            for path in sorted(aside.iterdir()):
+                write_atomically(folder / path.name, path.rename)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def file_hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_json(path, keys):
+    """An object that has these keys. ValueError for anything else, OSError where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise ValueError(f"needs an object with {', '.join(keys)}")
+    return value

@@ -1,0 +1,89 @@
+"""The machine: settings that torch reads when it is imported, compiler, allocator, memory.
+
+Import this module before torch.
+"""
+
+import ctypes
+import os
+
+# Idle OpenMP threads should sleep: spinning makes steps of a small model 10 times slower on shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A bfloat16 product on the CPU caches its workspace for 1024 shapes; batches have ever new shapes, and memory
+# would grow for hundreds of steps.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+# Batches of changing sizes fragment CUDA's memory without it.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import functools
+import platform
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+ALIGN = 64  # rows of the embedding table are a multiple of it: aligned logits multiply faster, on CPUs too
+
+
+def tune_allocator():
+    """For Linux CPUs, before the first tensor. glibc takes large buffers fresh from the kernel and gives them
+    back when they are freed; the pages of a chunk's logits would be cleared anew for every chunk, a tenth of
+    a step. So all memory is to come from the heap, of which up to 1 GB at the end may stay unused."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
+
+
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable(device):
+    """True if torch can compute on this device here."""
+    try:
+        torch.zeros(1, device=device).item()
+        return True
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError):
+        return False
+
+
+def device_name(device):
+    kind, threads = torch.device(device).type, torch.get_num_threads()
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    return kind.upper() + (f", {threads} thread{'s' if threads > 1 else ''}" if kind == "cpu" else "")
+
+
+def cannot_compile():
+    """Why torch.compile would fail here, or None: it needs a C++ compiler and Python's headers."""
+    if not shutil.which("g++"):
+        return "no g++"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "no Python.h"
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(function):
+    """torch.compile of a function or a model, once; sizes may change from call to call."""
+    torch._dynamo.config.recompile_limit = 32  # two models, with gradient and without, B = 1 and more
+    return torch.compile(function, dynamic=True)
+
+
+def synchronize(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """Bytes: the most that the GPU's allocator held, or the process's largest resident size, or NaN."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return float("nan")
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

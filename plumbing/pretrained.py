@@ -1,0 +1,169 @@
+"""Model folders: Hugging Face's GPT-2 layout read and written, the named GPT-2s downloaded.
+
+A model whose parameters are not GPT-2's (model.py was edited) is saved under its own names, with the fields
+of its GPTConfig and "model_type": "termwise"; such a folder opens here only.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model import GPTConfig, ModelError
+
+NAMES = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
+         "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
+         "distilgpt2": "distilbert/distilgpt2"}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out), the transpose of nn.Linear
+OWN = "termwise"  # model_type of an architecture that is not GPT-2
+
+
+def gpt2_shapes(c):
+    """{name: shape} of GPT-2's parameters in Hugging Face's files, named without `transformer.`."""
+    C, shapes = c.n_embd, {"wte.weight": (c.vocab_size, c.n_embd), "wpe.weight": (c.block_size, c.n_embd)}
+    for i in range(c.n_layer):
+        for part, out, into in (("attn.c_attn", 3 * C, C), ("attn.c_proj", C, C),
+                                ("mlp.c_fc", 4 * C, C), ("mlp.c_proj", C, 4 * C)):
+            shapes |= {f"h.{i}.{part}.weight": (into, out), f"h.{i}.{part}.bias": (out,)}
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{norm}.weight": (C,), f"h.{i}.{norm}.bias": (C,)}
+    return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+
+
+def file_views(model):
+    """The parameters as views in the layout of the files; rows that pad the vocabulary are left out."""
+    views = {name: p.detach() for name, p in model.named_parameters()}
+    views["wte.weight"] = views["wte.weight"][:model.config.vocab_size]
+    like_gpt2 = {name: w.T if name.endswith(CONV1D) else w for name, w in views.items()}
+    is_gpt2 = {name: tuple(w.shape) for name, w in like_gpt2.items()} == gpt2_shapes(model.config)
+    return (like_gpt2, True) if is_gpt2 else (views, False)
+
+
+def write(model, folder, eos=None):
+    """config.json and model.safetensors. eos is by default the last id, as in GPT-2."""
+    c, folder = model.config, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    eos = c.vocab_size - 1 if eos is None else eos
+    views, is_gpt2 = file_views(model)
+    config = {"model_type": OWN, **dataclasses.asdict(c), "eos_token_id": eos}
+    if is_gpt2:
+        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+                  "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+                  "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+                  "bos_token_id": eos, "eos_token_id": eos}
+    prefix = "transformer." if is_gpt2 else ""
+    weights = {prefix + name: p.cpu().contiguous() for name, p in views.items()}
+    part = folder / "model.safetensors.part"
+    save_file(weights, part, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    part.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
+    part.replace(folder / "model.safetensors")
+
+
+def read(cls, config_class, name_or_folder, vocab_multiple=1):
+    """The model of a folder, or one of NAMES. Weights become float32."""
+    folder = download(name_or_folder) if name_or_folder in NAMES else Path(name_or_folder)
+    config, weights = read_config(folder, config_class), read_weights(folder)
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
+        raise ModelError(f"{folder}: its output head is not tied to the embedding; this model's is")
+    if config.n_layer > len(weights) > 0:  # an absurd number would take minutes to build
+        raise ModelError(f"{folder}: config.json says {config.n_layer} layers, of {len(weights)} tensors")
+    with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
+        model = cls(config, vocab_multiple)
+    have, want = ({name: tuple(w.shape) for name, w in x.items()} for x in (weights, file_views(model)[0]))
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise ModelError(f"{folder}: tensor {name} is {have.get(name, 'missing')}, "
+                             f"config.json says {want.get(name, 'no such tensor')}")
+    model.to_empty(device="cpu").wte.weight.data.zero_()  # the padding rows
+    for name, view in file_views(model)[0].items():
+        view.copy_(weights[name])
+    return model
+
+
+def read_config(folder, config_class=GPTConfig):
+    """config.json -> GPTConfig. What would change the computation of GPT-2 is refused."""
+    path = folder / "config.json"
+    try:
+        c = json.loads(path.read_bytes())
+        if c.get("model_type") == OWN:
+            names = [field.name for field in dataclasses.fields(config_class)]
+            return config_class(**{name: c[name] for name in names})
+        config = config_class(c.get("vocab_size"), c.get("n_positions", c.get("n_ctx")),
+                              c.get("n_layer"), c.get("n_head"), c.get("n_embd"))
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror}; a model folder holds config.json and model.safetensors, "
+                         f"a model name is one of {', '.join(NAMES)}") from None
+    except (ValueError, AttributeError, KeyError, RecursionError) as e:
+        raise ModelError(f"{path}: not the configuration of a GPT-2 ({e})") from None
+    expected = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+                "n_inner": [None, 4 * config.n_embd], "layer_norm_epsilon": [1e-5],
+                "tie_word_embeddings": [True], "scale_attn_weights": [True],
+                "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
+                "quantization_config": [None]}
+    for key, allowed in expected.items():
+        if key in c and c[key] not in allowed:
+            raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (only {allowed[0]!r})")
+    return config
+
+
+def read_weights(folder):
+    """The tensors of model.safetensors, or of the shards that its index lists, named without `transformer.`.
+
+    The attention masks that old files carry along are left out.
+    """
+    names, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
+    if index.exists() and not (folder / names[0]).exists():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ModelError(f"{index}: not an index of shards ({type(e).__name__}: {e})") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index}: shard {name!r} is not in the folder")
+        try:
+            weights |= load_file(folder / name)
+        except FileNotFoundError:
+            raise ModelError(f"{folder / name}: no such file (.bin files are pickles, not read)") from None
+        except (OSError, ValueError, SafetensorError) as e:
+            raise ModelError(f"{folder / name}: cut short, or not a safetensors file ({e})") from None
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    return {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+
+
+def download(name):
+    """Fetch a named model once, from $HF_ENDPOINT into $HF_HOME/termwise or ~/.cache/termwise: the folder.
+
+    A file gets its name only when its length is the announced one and it reads as what it should be.
+    """
+    folder = Path(os.environ.get("HF_HOME") or "~/.cache", "termwise", name).expanduser()
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    for file, check in (("config.json", read_config), ("model.safetensors", read_weights)):
+        if (folder / file).exists():
+            continue
+        url = f"{endpoint}/{NAMES[name]}/resolve/main/{file}"
+        print(f"downloading {url} to {folder}", file=sys.stderr)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as aside:  # one a process: ranks may race
+                part = Path(aside, file)
+                with urlopen(url) as reply:  # for its length; not every mirror answers HEAD
+                    length = reply.headers["Content-Length"]
+                torch.hub.download_url_to_file(url, str(part))  # a cut connection passes for the end
+                if length is not None and part.stat().st_size != int(length):
+                    raise OSError(f"got {part.stat().st_size} of {length} bytes")
+                check(Path(aside))
+                part.replace(folder / file)
+        except (OSError, ValueError, HTTPException) as e:
+            raise ModelError(f"{url}: {str(e).strip()}; try again, or pass a folder with the files") from None
+    return folder

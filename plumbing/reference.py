@@ -1,0 +1,77 @@
+"""The reference's log-probabilities, remembered: each training pair runs through the reference once."""
+
+import numpy as np
+import torch
+
+from plumbing import ranks
+from plumbing.files import write_atomically, writing
+
+
+class Reference:
+    """What the frozen model says of a batch: remembered log-probabilities, or its hidden states for a KL."""
+
+    def __init__(self, model, hidden_states, response_logps, memory=None):
+        """model, a GPT; hidden_states(batch) -> (N, C); response_logps(batch) -> (N,); memory, a Memory."""
+        self.model, self.hidden_states, self.response_logps = model, hidden_states, response_logps
+        self.memory = memory
+
+    @torch.no_grad()
+    def __call__(self, batch, with_kl):
+        """(log-probabilities (N,), None), or with_kl (None, hidden states (N, C))."""
+        if with_kl:
+            return None, self.hidden_states(batch)
+        if self.memory is None:
+            return self.response_logps(batch), None
+        numbers = batch.pair.tolist()
+        known = self.memory.read(numbers)  # (N,), NaN where a pair is new
+        if ranks.any_of(bool(known.isnan().any())):  # ranks run a sharded model together, or not at all
+            known = torch.where(known.isnan(), self.response_logps(batch).to("cpu", known.dtype), known)
+            self.memory.write(numbers, known)
+        return known.to(batch.tokens.device), None
+
+
+def no_reference(batch, with_kl):
+    """For a loss that has none."""
+    return None, None
+
+
+class Memory:
+    """One number for each response token of the training pairs, in a memory-mapped file; NaN = not yet.
+
+    The micro-batch that first reads a pair fills its numbers in, so they do not depend on where a run was
+    interrupted. float32, or float64 in a float64 run.
+    """
+
+    def __init__(self, folder, pairs, dtype):
+        path, kind = folder / "reference-train.npy", np.float64 if dtype == "float64" else np.float32
+        self.path, counts = path, pairs.rows[:, 2:4].sum(-1)  # C + R
+        self.ends = np.cumsum(counts)
+        self.starts = self.ends - counts
+        if not ranks.rank() and not self.fits(path, kind):
+            with writing(path):  # written, not mapped: a full disk is an error here and a crash in a map
+                write_atomically(path, lambda part: save(part, np.full(self.ends[-1], np.nan, kind)))
+        ranks.wait()
+        self.values = np.load(path, mmap_mode="r+")
+
+    def fits(self, path, kind):
+        """True if the file of an earlier start of this run is there."""
+        try:
+            values = np.load(path, mmap_mode="r")
+            return values.dtype == kind and values.shape == (self.ends[-1],)
+        except (OSError, ValueError, EOFError):
+            return False
+
+    def places(self, numbers):
+        return np.concatenate([np.arange(self.starts[i], self.ends[i]) for i in numbers])
+
+    def read(self, numbers):
+        """The numbers of some pairs, (N,), in the order of data.collate."""
+        return torch.from_numpy(self.values[self.places(numbers)])
+
+    def write(self, numbers, values):
+        self.values[self.places(numbers)] = values.numpy()
+
+
+def save(path, array):
+    with open(path, "wb") as f:
+        np.save(f, array)

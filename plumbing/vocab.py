@@ -1,0 +1,142 @@
+"""Vocabulary files -> {token bytes: id}, and back: tiktoken's format, GPT-2's two files, tokenizer.json."""
+
+import base64
+import binascii
+import json
+from pathlib import Path
+
+from data import DataError
+from plumbing.files import read_bytes, read_json_data
+
+EOT = "<|endoftext|>"
+# GPT-2's split pattern, possessive so that a million spaces do not overflow the regex engine's stack
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def read(name_or_path):
+    """"gpt2", "bytes", FILE.tiktoken or a folder -> ({token bytes: id}, the id of end-of-text)."""
+    path = Path(name_or_path)
+    if str(name_or_path) == "bytes":
+        return {bytes([b]): b for b in range(256)}, 256
+    if str(name_or_path) == "gpt2":
+        return read_gpt2()
+    if path.suffix == ".tiktoken":
+        return read_tiktoken(path)
+    return read_folder(path)
+
+
+def write(folder, ranks, eot):
+    """Write vocab.json + merges.txt (transformers reads them) where the ranks are merges, and
+    tokenizer.tiktoken where they are not (a vocabulary of whole words)."""
+    folder, merges = Path(folder), merges_of(ranks)
+    if merges is None:
+        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
+        (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+        return
+    show = {b: c for c, b in byte_characters().items()}
+    vocab = {"".join(show[b] for b in token): rank for token, rank in ranks.items()}
+    pairs = [" ".join("".join(show[b] for b in part) for part in merge) for merge in merges]
+    vocab = dict(sorted((vocab | {EOT: eot}).items(), key=lambda item: item[1]))  # by id
+    text = json.dumps(vocab, ensure_ascii=False)
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_gpt2():
+    import tiktoken
+    try:
+        bpe = tiktoken.get_encoding("gpt2")
+    except Exception as e:  # requests' own errors, and requests is not ours to import
+        raise DataError(f"tokenizer gpt2: not in tiktoken's cache, no download ({type(e).__name__}); pass "
+                        "--tokenizer bytes, a .tiktoken file or a folder with encoder.json and vocab.bpe, "
+                        "or set TIKTOKEN_CACHE_DIR") from None
+    return {bpe.decode_single_token_bytes(i): i for i in range(bpe.eot_token)}, bpe.eot_token
+
+
+def read_tiktoken(path):
+    """tiktoken caches local files by path and would not notice a rewrite, so they are read here."""
+    ranks = {}
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise DataError(f"{path}:{number}: not a line of a .tiktoken file (base64 token, rank)") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise DataError(f"{path}: ranks must be 0 to {len(ranks) - 1}, each once")
+    if missing := sum(bytes([b]) not in ranks for b in range(256)):
+        raise DataError(f"{path}: {missing} single bytes are missing; not every text could be encoded")
+    return ranks, len(ranks)
+
+
+def read_folder(folder):
+    """The vocabulary of a folder: {token: id} and end-of-text's id."""
+    for vocab_file, merges_file in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        if (folder / vocab_file).exists() and (folder / merges_file).exists():
+            lines = read_bytes(folder / merges_file).decode("utf-8", errors="replace").split("\n")
+            merges = [line.split() for line in lines if line and not line.startswith("#version")]
+            return check_merges(folder / vocab_file, read_json_data(folder / vocab_file), merges)
+    if (path := folder / "tokenizer.json").exists():
+        try:
+            bpe = read_json_data(path)
+            kind = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+            split_alike = (kind | bpe["pre_tokenizer"]).items() >= kind.items()
+            if bpe["model"]["type"] != "BPE" or bpe["normalizer"] or not split_alike:
+                raise DataError(f"{path}: not a byte-level BPE of GPT-2's kind")
+            vocab = bpe["model"]["vocab"] | {t["content"]: t["id"] for t in bpe["added_tokens"]}
+            merges = [m.split() if isinstance(m, str) else m for m in bpe["model"]["merges"]]
+        except (KeyError, TypeError) as e:
+            raise DataError(f"{path}: not a tokenizer.json of GPT-2's kind ({e})") from None
+        return check_merges(path, vocab, merges)
+    if (folder / "tokenizer.tiktoken").exists():
+        return read_tiktoken(folder / "tokenizer.tiktoken")
+    raise DataError(f"tokenizer {str(folder)!r}: is neither gpt2, bytes, a .tiktoken file nor a folder with "
+                    "encoder.json + vocab.bpe, vocab.json + merges.txt, tokenizer.json or tokenizer.tiktoken")
+
+
+def check_merges(path, vocab, merges):
+    """tiktoken merges in the order of ids: refuse a vocabulary whose merges come in another order. A token
+    that no merge makes is a special token, which no text becomes; only end-of-text is kept of those."""
+    byte_of = byte_characters()
+    try:
+        made = [left + right for left, right in merges]
+        ranks = {bytes(byte_of[c] for c in token): int(vocab[token]) for token in [*byte_of, *made]}
+        ids, eot = [vocab[token] for token in made], int(vocab[EOT])
+    except (KeyError, TypeError, ValueError) as e:
+        raise DataError(f"{path}: not a vocabulary of GPT-2's kind ({type(e).__name__}: {e})") from None
+    taken = {*ranks.values(), eot}
+    if ids != sorted(ids) or len(taken) <= len(ranks) or min(taken) < 0:
+        raise DataError(f"{path}: its ids do not follow its merges, each once, as GPT-2's do")
+    return ranks, eot
+
+
+def byte_characters():
+    """GPT-2's printable stand-ins in vocabulary files: character -> byte."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def merges_of(ranks):
+    """The two parts from which BPE makes each token, in rank order; None when some token is no such merge."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            if ranks.get(parts[best] + parts[best + 1], rank) >= rank:
+                return None
+            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            merges.append(parts)
+    return merges
+
+
+def is_in(folder):
+    """True if a model's folder holds a tokenizer too."""
+    files = ("vocab.json", "encoder.json", "tokenizer.json", "tokenizer.tiktoken")
+    return any((Path(folder) / f).exists() for f in files)
