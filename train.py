@@ -292,6 +292,18 @@ def load_model(flag, name, cfg):
     return model.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
 
 
+def as_read(pairs, cfg, maximum):
+    """The pairs as the loss reads them: SFT without rejected responses; scores for losses on segments only,
+    each aspect divided by its `maximum` over the training data."""
+    terms = terms_of(LOSSES[cfg.loss])
+    if "rejected_logps" not in terms:
+        return pairs.chosen_only()
+    if "chosen_rewards" not in terms:
+        return pairs.without_scores()
+    dtype = np.float64 if cfg.dtype == "float64" else np.float32
+    return pairs.normalised(maximum, cfg.rejected_weight == "badness", dtype)
+
+
 def run_once(cfg, start, tokenizer, pairs, val):
     """One run, SFT or preferences, from its models to its report. start: a model folder or name, or None."""
     loss = LOSSES[cfg.loss]
@@ -307,19 +319,12 @@ def run_once(cfg, start, tokenizer, pairs, val):
     identity = identity_of(cfg, pairs, val, tokenizer, start and weights_hash(policy),
                            ref and weights_hash(model))
 
-    maximum = None
-    if "rejected_logps" not in terms_of(loss):
-        pairs, val = pairs.chosen_only(), val.chosen_only()
-    elif "chosen_rewards" in terms_of(loss):
-        maximum, badness = pairs.score_maximum(), cfg.rejected_weight == "badness"
-        dtype = np.float64 if cfg.dtype == "float64" else np.float32
-        pairs, val = (x.normalised(maximum, badness, dtype) for x in (pairs, val))
-    else:
-        pairs, val = pairs.without_scores(), val.without_scores()
-
+    segmented = "chosen_rewards" in terms_of(loss)
+    maximum = pairs.score_maximum() if segmented else None
+    pairs, val = (as_read(part, cfg, maximum) for part in (pairs, val))
     with Run(cfg, identity, start, ref, maximum, policy, pairs, val) as run:
         if run.finished:
-            return
+            return None, None
         ranks.shard(policy)
         reference = no_reference
         if model:
@@ -333,7 +338,7 @@ def run_once(cfg, start, tokenizer, pairs, val):
         train(policy, reference, pairs, val, cfg, run)
         run.finish(policy, tokenizer)
     report.table(cfg, len(val), run.before, run.after)
-    report.answers_and_next(cfg, policy, ref, tokenizer, val)
+    return policy, ref
 
 
 def main(argv=None):
@@ -348,7 +353,7 @@ def main(argv=None):
             report.sft_first(start, finished)
             if not finished:
                 run_once(sft, None, tokenizer, pairs, val)
-        run_once(cfg, start, tokenizer, pairs, val)
+        report.answers_and_next(cfg, tokenizer, val, *run_once(cfg, start, tokenizer, pairs, val))
         ranks.stop()
 
 

@@ -161,8 +161,10 @@ def ceiling(cfg):
 
 
 @ranks.only_main
-def answers_and_next(cfg, policy, ref, tokenizer, val):
-    """Two answers side by side, and what to type next."""
+def answers_and_next(cfg, tokenizer, val, policy, ref):
+    """Two answers side by side, and what to type next. policy: None where the run was finished before."""
+    if policy is None:
+        return
     if ref:
         reference = GPT.from_pretrained(ref).to(policy.wte.weight)
         prompts = {tuple(val[i].prompt.tolist()) for i in range(len(val))}
@@ -175,6 +177,10 @@ def answers_and_next(cfg, policy, ref, tokenizer, val):
     say(f"saved in {folder}: model.safetensors, config.json, tokenizer, run.json, log.jsonl, checkpoints")
     if ref:
         say(f"next: python sample.py {folder} --heat --prompt {shlex.quote(tokenizer.decode(val[0].prompt))}")
+    else:
+        files = [f"--{name} {shlex.join(map(str, getattr(cfg, name)))}" for name in ("data", "val_data")
+                 if getattr(cfg, name)]
+        say(" ".join([f"next: python train.py --loss dpo --init {folder}", *files]))
 
 
 def answer(model, tokenizer, prompt, seed):
