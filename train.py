@@ -170,8 +170,9 @@ def step(policy, reference, batch, loss, scale, cfg):
 def batches(pairs, index, cfg, policy):
     """The micro-batches of some pairs, on the device. Under torchrun: this rank's share of them."""
     micros = micro_batches(pairs, index, cfg.micro_batch_size, cfg.micro_batch_tokens)
+    multiple = 128 if cfg.compile or cfg.device.startswith("cuda") else 1  # rows that fill the kernels' tiles
     for micro, weight in ranks.share(micros, policy):
-        batch = collate([pairs[i] for i in micro], multiple=128 if cfg.compile else 1)
+        batch = collate([pairs[i] for i in micro], multiple)
         batch.weight = weight
         yield batch.to(cfg.device)
 
@@ -182,7 +183,7 @@ def joined(rows, n):
 
 
 def metrics(t, cfg):
-    """{name: number}, means over the pairs of a step or an evaluation; docs/metrics.md explains each."""
+    """{name: number}, means over the pairs of a step or an evaluation; plumbing/README.md explains each."""
     t = {name: x.double() for name, x in t.items()}  # each (pairs,)
     if "rejected_logps" not in terms_of(LOSSES[cfg.loss]):
         return {"loss": (t["loss"].sum() / t["chosen_length"].sum()).item(),  # a response token's
