@@ -108,7 +108,13 @@ def head(policy, hidden, target, reference=None, ref_hidden=None):
     return logps, ref_logps, token_kl(ref_logits, logits)
 
 
+def part(x, n):
+    """x[n], where there is an x."""
+    return None if x is None else x[n]
+
+
 def run_head(cfg, *args):
+    """`head`, compiled or not, in the run's precision."""
     with precision(cfg):
         return (machine.compiled(head) if cfg.compile_head else head)(*args)
 
@@ -144,13 +150,10 @@ def step(policy, reference, batch, loss, scale, cfg):
     grad, rows = torch.zeros_like(hidden), []
     for pairs, n in batch.chunks(cfg.head_tokens):                      # whole pairs; the logits of one chunk
         leaf = hidden[n].detach().requires_grad_(scale is not None)
-        if ref_hidden is None:
-            logps, _, kl = run_head(cfg, policy, leaf, batch.target[n])
-            chunk_ref_logps = None if ref_logps is None else ref_logps[n]
-        else:
-            logps, chunk_ref_logps, kl = run_head(cfg, policy, leaf, batch.target[n],
-                                                  reference.model, ref_hidden[n])
-        terms = pair_terms(batch, pairs, logps, chunk_ref_logps, kl, cfg.aspect_weights or None)
+        logps, live_ref_logps, kl = run_head(cfg, policy, leaf, batch.target[n], reference.model,
+                                             part(ref_hidden, n))
+        known = part(ref_logps, n) if live_ref_logps is None else live_ref_logps
+        terms = pair_terms(batch, pairs, logps, known, kl, cfg.aspect_weights or None)
         value = call(loss, terms, cfg)                                  # (pairs,)
         if scale is not None:
             (scale * value.sum()).backward()
@@ -184,7 +187,7 @@ def joined(rows, n):
 
 def metrics(t, cfg):
     """{name: number}, means over the pairs of a step or an evaluation; plumbing/README.md explains each."""
-    t = {name: x.double() for name, x in t.items()}  # each (pairs,)
+    t = {name: x.cpu().double() for name, x in t.items()}  # each (pairs,)
     if "rejected_logps" not in terms_of(LOSSES[cfg.loss]):
         return {"loss": (t["loss"].sum() / t["chosen_length"].sum()).item(),  # a response token's
                 "logps/chosen": t["chosen_logps"].mean().item()}
@@ -235,7 +238,7 @@ def check_start(policy, reference, pairs, cfg):
     for variant in (loss, moved(0), moved(nats)):
         rows = [step(policy, reference, batch, variant, None, cfg)
                 for batch in batches(pairs, some, cfg, policy)]
-        means.append(joined(rows, len(some))["loss"].double().mean().item())
+        means.append(joined(rows, len(some))["loss"].mean().item())
     found, expected, limit = means
     ranks.reshard(policy)
     report.check_start(found, expected, max(nats, abs(limit - expected)))

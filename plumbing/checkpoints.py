@@ -1,4 +1,4 @@
-"""Checkpoints: weights and AdamW's moments in safetensors, the rest in JSON; valid only when both are whole."""
+"""Checkpoints: weights and AdamW's moments in safetensors, the rest in JSON; valid when both are whole."""
 
 import hashlib
 import json

@@ -94,6 +94,7 @@ def find_sft(cfg, pairs, val, tokenizer):
         run = read_run(folder) if begun else None
         if not begun or run["identity"] == identity and run["config"]["steps"] == cfg.steps:
             finished = begun and run["finished"] is not None
+            ranks.wait()  # all ranks have chosen before one writes
             return dataclasses.replace(cfg, out_dir=str(folder), resume=begun), finished
 
 
@@ -220,8 +221,8 @@ class Run:
 
     def check(self, step, terms, norm):
         """Raise RunError, naming the pairs, where the loss or the gradient is not finite."""
-        norm, total = ranks.whole(norm), terms["loss"].double().sum()
-        if not math.isfinite((norm.double() + total).item()):  # the step's one wait for the device
+        norm, total = ranks.whole(norm), terms["loss"].sum()
+        if not math.isfinite((norm + total).item()):  # the step's one wait for the device
             bad = terms["pair"][~terms["loss"].isfinite()] if not total.isfinite() else terms["pair"]
             raise RunError(report.unhealthy_step(step, terms, norm, [self.where[int(i)] for i in bad]))
         self.tokens.append(terms["tokens"])
@@ -283,6 +284,7 @@ class Run:
         ranks.unshard(policy)
         write_folder(self.folder, write_result)
         write_json(self.folder / "run.json", self.record | {"finished": self.cfg.steps})
+        ranks.wait()  # the files are there before another rank reads them
 
 
 @ranks.only_main

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-# cuDNN's attention gives NaN gradients for masked rows of some lengths on H100 and H200 (pytorch issue 196678).
+# cuDNN's attention gives NaN gradients for masked rows of some lengths on Hopper (pytorch issue 196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 ALIGN = 64  # rows of the embedding table are a multiple of it: aligned logits multiply faster, on CPUs too

@@ -92,7 +92,8 @@ def test_every_flag_sets_its_field_and_no_flag_leaves_the_default():
     ("--loss dpop --lam -1", "--lam -1.0: must be at least 0"), ("--loss tdpo2 --alpha nan", "--alpha nan"),
     ("--micro_batch_size 0", "--micro_batch_size 0"), ("--grad_clip -1", "--grad_clip -1.0"),
     ("--seed -1", "--seed -1"), ("--dtype float16", "choose bfloat16"), ("--dtype int8", "--dtype int8: ch"),
-    ("--device nonsense", "--device nonsense: choose cpu"), ("--device cuda:99", "cannot use it here; choose cpu"),
+    ("--device nonsense", "--device nonsense: choose cpu"),
+    ("--device cuda:99", "cannot use it here; choose cpu"),
     ("--loss 2d-dpo --rejected_weight x", "choose from score"),
     ("--resume", "--resume: goes with --out_dir"), ("--loss 2d-dpo --aspect_weights a b", "must be numbers"),
     ("--loss 2d-dpo --aspect_weights 0.5,0.6", "must be >= 0 and sum to 1"),
@@ -275,7 +276,7 @@ def test_a_file_or_a_run_in_the_place_of_the_sft_folder_is_passed_by(tmp_path, m
     train.main(common)
     assert Path("out/sft").read_text() == "mine" and Path("out/sft-2/run.json").exists()
     train.main([*common, "--out_dir", "other/sft"])
-    assert read_run("other/sft-2")["config"]["loss"] == "sft" and read_run("other/sft")["config"]["loss"] == "dpo"
+    assert [read_run(f"other/{name}")["config"]["loss"] for name in ("sft", "sft-2")] == ["dpo", "sft"]
 
 
 def test_the_final_files_are_a_model_and_a_tokenizer_and_the_table_holds_the_first_and_last_numbers(
@@ -353,8 +354,8 @@ def test_an_alarm_is_said_and_logged_once(model_a, tmp_path, capsys):  # noqa: F
 
 def test_what_goes_wrong_in_the_compiler_or_in_memory_is_one_line(monkeypatch):
     from torch._inductor.exc import CppCompileError
-    for error, words in ((CppCompileError(["g++", "x.cpp"], "Python.h: No such file"), "torch.compile failed"),
-                         (MemoryError("no room"), "out of memory"), (OSError(5, "Input/output error"), "intact")):
+    for error, words in ((CppCompileError(["g++", "x.cpp"], "Python.h: missing"), "torch.compile failed"),
+                         (MemoryError("no room"), "out of memory"), (OSError(5, "I/O error"), "intact")):
         def fails(*_, error=error):
             raise error
         monkeypatch.setattr(flags, "resolve", fails)

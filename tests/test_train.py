@@ -118,8 +118,8 @@ def config(loss, **changes):
     knobs = {name: flags.DEFAULTS_OF.get(loss, {}).get(name, flags.DEFAULTS.get(name)) if default is None
              else default for name, default in knobs_of(LOSSES[loss]).items()}
     uneven = {"aspect_weights": UNEVEN["aspect_weights"]} if loss in SEGMENTED else {}
-    plain = {"device": "cpu", "compile": False, "compile_head": False, "dtype": "float64", "head_tokens": 10**6,
-             "micro_batch_tokens": 2048, "micro_batch_size": 100}
+    plain = {"device": "cpu", "compile": False, "compile_head": False, "dtype": "float64",
+             "head_tokens": 10**6, "micro_batch_tokens": 2048, "micro_batch_size": 100}
     return Config(**{"loss": loss} | knobs | uneven | plain | changes)
 
 
@@ -194,7 +194,7 @@ def step_gradient(folder):
     """The gradient that AdamW was given in the first step: its first moment is (1 - 0.9) times that."""
     gradient = {name[8:]: m / (1 - 0.9) for name, m in moments(folder).items() if name.startswith("exp_avg.")}
     rows = gradient["wte.weight"]
-    assert rows.shape[0] % machine.ALIGN == 0 and not rows[BYTES.vocab_size:].any()  # nothing moves the padding
+    assert rows.shape[0] % machine.ALIGN == 0 and not rows[BYTES.vocab_size:].any()  # padding stays 0
     return gradient | {"wte.weight": rows[:BYTES.vocab_size]}
 
 
@@ -382,13 +382,13 @@ def test_a_step_waits_for_the_device_once(loss, model_a, tmp_path, monkeypatch):
         calls.clear()
         run(tmp_path, loss, init=model_a, steps=steps, log_every=100, micro_batch_size=3)
         counts.append(len(calls))
-    batches = 3  # collate asks once a micro-batch, on the CPU, for its lengths (tolist) and for rejected responses
+    batches = 3  # in each, collate reads two numbers of the CPU's: lengths, and is there a rejected response
     assert counts[1] - counts[0] == 2 * (1 + 2 * batches)
 
 
 @pytest.mark.slow
 def test_bfloat16_products_of_ever_new_shapes_do_not_fill_the_memory():
-    """plumbing/machine.py bounds the cache of their workspaces. Skipped where nothing grows without a bound."""
+    """machine.py bounds the cache of their workspaces. Skipped where nothing grows without a bound."""
     program = """
 import train, torch
 memory = lambda: int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
@@ -540,7 +540,8 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return (h - 1 / (2 * beta)) ** 2
 
 
-def cdpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, label_smoothing=0.1):
+def cdpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *,
+              beta, label_smoothing=0.1):
     """Conservative DPO: a share of the labels is taken to be wrong."""
     right = losses.dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta)
     wrong = losses.dpo_loss(rejected_logps, chosen_logps, ref_rejected_logps, ref_chosen_logps, beta=beta)
@@ -574,7 +575,8 @@ def test_a_new_loss_trains_evaluates_logs_resumes_samples_and_refuses_foreign_kn
     run(tmp_path, "new", steps=2, out_dir=tmp_path / "two", **common)
     train.main(arguments(resume=True, out_dir=tmp_path / "two", steps=4))
     assert (tmp_path / "two/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    sample.main([str(folder), "--prompt", "ab?", "--max_new_tokens", "3", *["--ref", model_a] * (start is None)])
+    ref = ["--ref", model_a] if start is None else []
+    sample.main([str(folder), "--prompt", "ab?", "--max_new_tokens", "3", *ref])
     assert "policy" in capsys.readouterr().out
     for flag in ("--alpha", "--lam") + (() if loss is cdpo_loss else ("--aspect_weights",)):
         with pytest.raises(SystemExit) as stop:
