@@ -213,61 +213,69 @@ def resolve(Config, argv):
     """
     cfg = parse(Config, argv)
     check(cfg)
-    filled = {}
-    if cfg.out_dir is None:
-        names = [f"out/{cfg.loss}"] + [f"out/{cfg.loss}-{n}" for n in range(2, 10000)]
-        filled["out_dir"] = next(name for name in names if is_free(Path(name)))
-    folder = Path(filled.get("out_dir") or cfg.out_dir)
+    out_dir = cfg.out_dir or free_folder(cfg.loss)
     try:
-        check_free(folder, {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
+        check_free(Path(out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
         for file in formats.list_files([*cfg.data, *cfg.val_data]):
             file.stat()
     except OSError as e:  # no such file, a name that is too long, a folder that may not be searched
         raise ConfigError(f"{e.filename}: {e.strerror}") from None
     device = cfg.device or machine.best_device()
     ranks.start(device)  # all have seen the folders before one writes
-    sizes = model_sizes("init", cfg.init)  # first: a folder that is no model has no tokenizer either
+    sizes, ref = model_sizes("init", cfg.init), model_sizes("ref", cfg.ref)  # first: no model, no tokenizer
     tokenizer = load_tokenizer(cfg)
-    if sizes:
-        check_vocabulary("init", cfg.init, sizes.vocab_size, tokenizer)
-    if ref := model_sizes("ref", cfg.ref):
-        check_vocabulary("ref", cfg.ref, ref.vocab_size, tokenizer)
-        if vocab.is_in(cfg.ref) and Tokenizer(cfg.ref).hash != tokenizer.hash:
-            raise ConfigError(f"--ref {cfg.ref}: has another tokenizer than the policy; choose a reference "
-                              "that reads the same token ids")
-
-    values = DEFAULTS | DEFAULTS_OF.get(cfg.loss, {})
-    loss = LOSSES[cfg.loss]
-    for name, default in knobs_of(loss).items():
-        if getattr(cfg, name) is None:
-            filled[name] = values.get(name) if default is None else default
-            if filled[name] is None:
-                raise ConfigError(f"--{name}: the loss {cfg.loss} needs it; it has no default")
-    read = ["steps", "lr"]
-    if sizes:
-        filled |= {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_embd", "block_size")
-                   if getattr(cfg, name) is None}
-    else:
-        read += ["n_layer", "n_head", "n_embd", "block_size"]
-        read += ["sft_steps", "sft_lr"] if "rejected_logps" in terms_of(loss) else []
-    filled |= {name: values[name] for name in read if getattr(cfg, name) is None}
-
-    cuda, large = torch.device(device).type == "cuda", tokenizer.vocab_size > 10_000
-    why_not = machine.cannot_compile() if large and cfg.compile is None else None
-    if cuda and why_not:
-        report.say(f"torch.compile is off: {why_not} on this machine")
-    default = large and ranks.world() == 1 and not why_not and torch.device(device).type in ("cpu", "cuda")
-    trunk = cfg.compile if cfg.compile is not None else default and cuda
-    filled["compile"] = trunk
-    if cfg.compile_head is None:
-        filled["compile_head"] = default if cfg.compile is None else cfg.compile
-    cfg = dataclasses.replace(
-        cfg, **filled, device=device, dtype=cfg.dtype or ("bfloat16" if cuda else "float32"),
-        micro_batch_tokens=cfg.micro_batch_tokens or (32768 if cuda else 2048),
-        head_tokens=cfg.head_tokens or max(1, (2**28 if cuda else 2**24) // tokenizer.vocab_size))
+    for flag, model in (("init", sizes), ("ref", ref)):
+        if model:
+            check_vocabulary(flag, getattr(cfg, flag), model.vocab_size, tokenizer)
+    if cfg.ref and vocab.is_in(cfg.ref) and Tokenizer(cfg.ref).hash != tokenizer.hash:
+        raise ConfigError(f"--ref {cfg.ref}: has another tokenizer than the policy; choose a reference "
+                          "that reads the same token ids")
+    filled = defaults_of_loss(cfg) | defaults_of_model(cfg, sizes)
+    filled |= defaults_of_machine(cfg, device, tokenizer)
+    cfg = dataclasses.replace(cfg, out_dir=out_dir, device=device,
+                              **{name: value for name, value in filled.items() if getattr(cfg, name) is None})
     if not sizes:
-        GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
+        GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)  # may refuse
     return cfg, tokenizer
+
+
+def free_folder(loss):
+    names = [f"out/{loss}"] + [f"out/{loss}-{n}" for n in range(2, 10000)]
+    return next(name for name in names if is_free(Path(name)))
+
+
+def defaults_of_loss(cfg):
+    """Steps, learning rate and the hyper-parameters that the loss reads."""
+    values, loss = DEFAULTS | DEFAULTS_OF.get(cfg.loss, {}), LOSSES[cfg.loss]
+    filled = {"steps": values["steps"], "lr": values["lr"]}
+    for name, default in knobs_of(loss).items():
+        filled[name] = values.get(name) if default is None else default
+        if getattr(cfg, name) is None and filled[name] is None:
+            raise ConfigError(f"--{name}: the loss {cfg.loss} needs it; it has no default")
+    return filled
+
+
+def defaults_of_model(cfg, sizes):
+    """Sizes of the start, or of a new model and the SFT that trains it."""
+    if sizes:
+        return {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    read = ["n_layer", "n_head", "n_embd", "block_size"]
+    read += ["sft_steps", "sft_lr"] if "rejected_logps" in terms_of(LOSSES[cfg.loss]) else []
+    return {name: DEFAULTS[name] for name in read}
+
+
+def defaults_of_machine(cfg, device, tokenizer):
+    """Precision, compilation, and how much is computed at once."""
+    kind, large = torch.device(device).type, tokenizer.vocab_size > 10_000
+    cuda, why_not = kind == "cuda", machine.cannot_compile() if large else None
+    if cuda and why_not and cfg.compile is None:
+        report.say(f"torch.compile is off: {why_not} on this machine")
+    pays = large and not why_not and kind in ("cpu", "cuda") and ranks.world() == 1
+    return {"dtype": "bfloat16" if cuda else "float32",
+            "compile": pays and cuda,
+            "compile_head": pays if cfg.compile is None else cfg.compile,
+            "micro_batch_tokens": 32768 if cuda else 2048,
+            "head_tokens": max(1, (2**28 if cuda else 2**24) // tokenizer.vocab_size)}
 
 
 def sft_before(cfg):
