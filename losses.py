@@ -253,6 +253,7 @@ LOSSES = {
     "2d-dpo": dpo2d_loss,
     "2d-dpo-vanilla": dpo2d_vanilla_loss,
 }
+SELECTING = {dpo2d_loss}  # these pick segments by reward: with 1 - reward they would pick the wrong ones
 
 
 def terms_of(loss):

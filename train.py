@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import PADDING, collate, micro_batches, pair_terms, step_indices
-from losses import LOSSES, terms_of, token_kl, token_logps
+from losses import LOSSES, knobs_of, terms_of, token_kl, token_logps
 from model import GPT, GPTConfig
 from plumbing import flags, ranks, report
 from plumbing.folder import Run, find_sft, identity_of, weights_hash
@@ -129,7 +129,7 @@ def response_logps(model, batch, cfg):
 
 def call(loss, terms, cfg):
     """The loss of some pairs, (B,). Its signature says which terms and which hyper-parameters it takes."""
-    knobs = {name: getattr(cfg, name) for name in flags.knobs_of(loss)}
+    knobs = {name: getattr(cfg, name) for name in knobs_of(loss)}
     return loss(**{name: terms[name] for name in terms_of(loss)}, **knobs)
 
 

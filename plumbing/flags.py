@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data import DataError, Tokenizer, hold_out, load
-from losses import LOSSES, knobs_of, terms_of
+from losses import LOSSES, SELECTING, knobs_of, terms_of
 from model import GPTConfig, ModelError
 from plumbing import formats, machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError
@@ -155,9 +155,9 @@ def check_knobs(cfg):
     if not pairwise or cfg.init and not cfg.resume:  # --resume may repeat the first command's flags
         for name in ("sft_steps", "sft_lr"):
             refuse_unread(cfg, name, "no SFT is run before this one")
-    if cfg.rejected_weight == "badness" and cfg.loss != "2d-dpo-vanilla":
-        raise ConfigError("--rejected_weight badness: for 2d-dpo-vanilla only; Eq. 6 selects by the same "
-                          "score, so 1 - score would select the best rejected segments")
+    if cfg.rejected_weight == "badness" and loss in SELECTING:
+        raise ConfigError(f"--rejected_weight badness: not with {cfg.loss}, whose Eq. 6 selects by the same "
+                          "score: 1 - score would select the best rejected segments")
 
 
 def refuse_unread(cfg, name, why):

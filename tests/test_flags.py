@@ -104,7 +104,7 @@ def test_every_flag_sets_its_field_and_no_flag_leaves_the_default():
     ("--loss sft --ref x", "--ref: would not be read, the loss sft has no reference"),
     ("--loss sft --sft_steps 5", "--sft_steps: would not be read"),
     ("--init x --sft_lr 1", "--sft_lr: would not be read"),
-    ("--loss 2d-dpo --rejected_weight badness", "--rejected_weight badness: for 2d-dpo-vanilla only"),
+    ("--loss 2d-dpo --rejected_weight badness", "--rejected_weight badness: not with 2d-dpo"),
 ])
 def test_a_bad_flag_is_one_line_and_exit_status_2(argv, words, capsys, tmp_path, monkeypatch):
     """A missing file or folder is named before a tokenizer is looked for, which may want the network."""
