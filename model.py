@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def forward(self, x, mask, cache):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        is_causal = mask is None and T > 1  # a single token sees all of the cache
+        is_causal = mask is None and (cache is None or len(cache) == 0)  # a token after a cache sees all of it
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, P+T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)

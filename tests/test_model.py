@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import model as model_file
-import train
 from data import PADDING, Pair, collate
-from model import GPT, GPTConfig, ModelError
+from model import GPT, Cache, GPTConfig, ModelError, sample_token
+from plumbing import machine, pretrained
 
 torch.set_num_threads(1)
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
@@ -98,7 +97,7 @@ def test_forward_returns_hidden_states_and_logits_maps_them_to_the_vocabulary(T)
     mask = torch.ones(T, T, dtype=torch.bool).tril().expand(3, 1, T, T)
     plain = model(tokens)
     assert isinstance(plain, torch.Tensor) and plain.shape == (3, T, 8)
-    for other in (model(tokens, mask=mask), model(tokens, cache=[]),
+    for other in (model(tokens, mask=mask), model(tokens, cache=Cache(2)),
                   model(tokens, positions=torch.arange(T).expand(3, T))):
         assert isinstance(other, torch.Tensor)
         close(other, plain)
@@ -177,16 +176,16 @@ def test_a_cache_gives_the_hidden_states_of_the_whole_text():
     model, tokens = small(), random_tokens(2, 8)
     whole = model(tokens)
     for cuts in itertools.chain([(1,), (7,), (3, 4), (2, 5), range(1, 8)]):
-        cache, pieces = [], []
+        cache, pieces = Cache(2), []
         for start, end in itertools.pairwise([0, *cuts, 8]):
             pieces.append(model(tokens[:, start:end], cache=cache))
-            assert len(cache) == 2 and all(x.shape == (2, 2, end, 4) for layer in cache for x in layer)
+            assert len(cache) == end and all(x.shape == (2, 2, end, 4) for x in cache.keys + cache.values)
         close(torch.cat(pieces, 1), whole)
 
 
 def test_more_tokens_than_block_size_are_refused_in_one_line():
     """9 tokens, or 8 cached and 1 new, do not fit block_size 8; positions of one's own may repeat."""
-    model, cache = small(), []
+    model, cache = small(), Cache(2)
     refused(model, random_tokens(1, 9), says=["9 tokens", "block_size 8"])
     model(random_tokens(1, 8), cache=cache)
     refused(model, random_tokens(1, 1), cache=cache, says=["9 tokens", "block_size 8"])
@@ -227,7 +226,7 @@ def test_forward_in_bfloat16_autocast_is_finite_and_close_to_float32():
     model, tokens = small(dtype=torch.float32), random_tokens(3, 8)
     mask = torch.ones(3, 1, 8, 8, dtype=torch.bool).tril()
     with torch.autocast("cpu", torch.bfloat16):
-        runs = [model(tokens), model(tokens, mask=mask), model(tokens, cache=[])]
+        runs = [model(tokens), model(tokens, mask=mask), model(tokens, cache=Cache(2))]
         logits = model.logits(runs[0])
     assert logits.dtype == torch.bfloat16 and all(run.dtype == torch.float32 for run in runs)
     exact = model(tokens)
@@ -276,7 +275,7 @@ def test_a_shared_prompt_row_equals_two_separate_sequences():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not train.can_compile(), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(machine.cannot_compile() is not None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, about torch.jit
 def test_a_compiled_forward_gives_the_same_hidden_states_and_gradients():
     """torch.compile, without a graph break, with the branch mask and without any."""
@@ -551,7 +550,7 @@ def test_a_save_that_breaks_off_leaves_the_model_that_was_there(folder, monkeypa
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(model_file, "save_file", breaks_off)
+    monkeypatch.setattr(pretrained, "save_file", breaks_off)
     with pytest.raises(OSError):
         small().save_pretrained(folder)
     assert same(GPT.from_pretrained(folder), GPT.from_pretrained(FIXTURE))
@@ -945,14 +944,14 @@ def test_the_cache_is_in_the_home_folder_by_default(hub, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     for unset in (lambda: monkeypatch.delenv("HF_HOME"), lambda: monkeypatch.setenv("HF_HOME", "")):
         unset()
-        assert model_file.download("gpt2") == tmp_path / "me" / ".cache" / "termwise" / "gpt2"
+        assert pretrained.download("gpt2") == tmp_path / "me" / ".cache" / "termwise" / "gpt2"
 
 
 def test_every_name_has_a_repository():
     """The names of issue and README, each an owner/name."""
-    assert list(model_file.NAMES) == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"]
+    assert list(pretrained.NAMES) == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"]
     assert all(repository.count("/") == 1 and repository.endswith("/" + name)
-               for name, repository in model_file.NAMES.items())
+               for name, repository in pretrained.NAMES.items())
 
 
 def test_a_wrong_number_of_layers_is_refused_before_any_is_built(folder):

@@ -91,7 +91,7 @@ def test_prompts_come_from_flags_files_and_stdin(run, tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize(("flags", "says"), [
     ([], "--prompt: say what to answer"),
-    (["--prompt", "x", "--response", "y"], "--response: goes with --heat"),
+    (["--prompt", "x", "--response", "y"], "--response y: goes with --heat"),
     (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
     (["--prompt", "x", "--max_new_tokens", "48"], "the answer may take all of block_size 48"),
     (["--prompt", "x", "--temperature", "-1", "--max_new_tokens", "2"], "--temperature -1.0: must be"),
@@ -114,6 +114,6 @@ def test_an_sft_run_needs_a_reference_to_compare_with(run, capsys):
     (run / "run.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         sample.main([str(run), "--prompt", "x"])
-    assert "an SFT run has no reference; name one with --ref" in capsys.readouterr().err
+    assert "this run has no reference; name one with --ref" in capsys.readouterr().err
     sample.main([str(run), "--prompt", "x", "--ref", str(run.parent / "ref"), "--max_new_tokens=2", "--heat"])
     assert "beta 1;" in capsys.readouterr().out
