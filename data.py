@@ -254,7 +254,7 @@ def hold_out(pairs, fraction=0.1, at_most=256):
         if held:
             is_held = np.array([key in held for key in key_of])
             return pairs.select(np.flatnonzero(~is_held)), pairs.select(np.flatnonzero(is_held))
-    raise DataError(f"{pairs.where[0]}: too few pairs to hold some out; pass --val_data")
+    raise DataError(f"{pairs.where[0]}: no group of pairs is small enough to hold out; pass --val_data")
 
 
 # ---------------------------------------------------------------------------------------------------------

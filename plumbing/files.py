@@ -1,12 +1,11 @@
 """Files read with one clear line for what cannot be, and written so that a kill leaves the last good one."""
 
-import gzip
 import hashlib
 import json
 import os
 import shutil
-import zlib
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,18 +17,28 @@ from plumbing.errors import RunError
 # ---------------------------------------------------------------------------------------------------------
 # What people bring
 
+COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}  # by the module that opens it
+
 
 def read_bytes(path):
-    """A whole file, decompressed when its name ends in .gz."""
+    """A whole file, decompressed when its name ends in .gz, .xz or .bz2."""
+    path = Path(path)
     try:
-        return gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
-    except (OSError, EOFError, zlib.error) as e:
+        module = COMPRESSED.get(path.suffix.lower())
+        content = import_module(module).open(path).read() if module else path.read_bytes()
+    except ImportError:
+        raise DataError(f"{path}: this Python has no {module}; decompress the file first") from None
+    except Exception as e:  # OSError, EOFError, zlib.error, lzma.LZMAError
         raise DataError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+    if content.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path}: a Git LFS pointer and not the file itself; run git lfs pull")
+    return content
 
 
 def read_json_data(path):
+    content = read_bytes(path)
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(content)
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: not JSON ({e})") from None
 

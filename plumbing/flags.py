@@ -127,7 +127,7 @@ def check(cfg):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name} {value}: must be greater than 0 and finite")
-    n_embd, n_layer = cfg.n_embd or 1, cfg.n_layer or 1
+    n_embd, n_layer = cfg.n_embd or DEFAULTS["n_embd"], cfg.n_layer or DEFAULTS["n_layer"]
     if (size := n_embd * (12 * n_layer * n_embd + (cfg.block_size or 1))) > 1e11:
         raise ConfigError(f"--n_layer, --n_embd, --block_size: a model of {size:.0e} parameters or more; "
                           "choose smaller ones")
@@ -290,7 +290,7 @@ def model_sizes(flag, name):
     """The GPTConfig of --init or --ref, or None."""
     if name is None:
         return None
-    if name not in pretrained.NAMES and not Path(name).is_dir():
+    if name not in pretrained.NAMES and not os.path.isdir(name):  # False for a name that is too long, too
         raise ConfigError(f"--{flag} {name}: no such folder; choose one, or a name: "
                           f"{', '.join(pretrained.NAMES)}")
     try:

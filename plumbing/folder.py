@@ -164,16 +164,18 @@ class Run:
         self.stopped, self.noted = None, set()
 
     def __enter__(self):
-        self.lock = claim(self.folder, self.identity, self.cfg.resume, self.cfg.overwrite)  # rank 0 has it
-        self.old_handlers, self.signals = {}, []
-        self.finished = False
-        if self.cfg.resume:
-            then = read_run(self.folder)
-            self.finished = then["finished"] == self.cfg.steps
-        if self.finished:
-            report.say(f"{self.folder}: finished at step {self.cfg.steps}; more --steps go on from there")
-        else:
-            write_json(self.folder / "run.json", self.record)
+        cfg, self.old_handlers, self.signals = self.cfg, {}, []
+        self.lock = ranks.on_main(claim, self.folder, self.identity, cfg.resume, cfg.overwrite)
+        try:
+            check_shared(self.folder)
+            self.finished = cfg.resume and read_run(self.folder)["finished"] == cfg.steps
+            if self.finished:
+                report.say(f"{self.folder}: finished at step {cfg.steps}; more --steps go on from there")
+            elif not cfg.resume:
+                write_json(self.folder / "run.json", self.record)
+        except BaseException:
+            self.__exit__()
+            raise
 
         def note(number, frame):
             """The step ends first; a second signal kills."""
@@ -202,6 +204,8 @@ class Run:
         if self.first > self.cfg.steps:
             raise ConfigError(f"--steps {self.cfg.steps}: the run is at step {self.first} already; choose "
                               "more")
+        if self.cfg.resume:  # now that nothing refuses it
+            write_json(self.folder / "run.json", self.record)
         self.log_file = Log(self.folder / "log.jsonl", self.first,
                             self.record | {"resumed_at": self.first} | self.about)
         report.say(report.headline(self.cfg, self.about, self.first))
@@ -287,7 +291,6 @@ class Run:
         ranks.wait()  # the files are there before another rank reads them
 
 
-@ranks.only_main
 def claim(folder, identity, resume, overwrite):
     """Make the folder, lock it against a second writer until the returned lock is released, and compare what
     the run is with what it was."""
@@ -313,6 +316,33 @@ def claim(folder, identity, resume, overwrite):
     except BaseException:
         lock.release()
         raise
+
+
+PATIENCE = 60  # seconds after which what rank 0 wrote must have come through a network's file system
+
+
+def check_shared(folder):
+    """Raise ConfigError where rank 0's folder is not that of the other ranks, on another machine: they read
+    checkpoints and the reference's numbers there."""
+    if ranks.world() == 1:
+        return
+    path, number = folder / ".ranks", ranks.largest(0 if ranks.rank() else time.time_ns())
+    ranks.on_main(write_json, path, number)
+
+    def is_seen():
+        try:
+            return path.read_text() == f"{number}\n"
+        except OSError:
+            return False
+
+    end = time.monotonic() + PATIENCE
+    while not is_seen() and time.monotonic() < end:
+        time.sleep(0.1)
+    missed = ranks.any_of(not is_seen())
+    ranks.only_main(path.unlink)()
+    if missed:
+        raise ConfigError(f"--out_dir {folder}: another machine does not see what rank 0 writes there; "
+                          "choose a folder that all machines share")
 
 
 class Log:

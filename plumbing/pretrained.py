@@ -64,7 +64,7 @@ def write(model, folder, eos=None):
     weights = {prefix + name: p.cpu().contiguous() for name, p in views.items()}
     part = folder / "model.safetensors.part"
     save_file(weights, part, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     part.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
     part.replace(folder / "model.safetensors")
 
@@ -73,22 +73,35 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
     """The model of a folder, or one of NAMES. Weights become float32."""
     folder = download(name_or_folder) if name_or_folder in NAMES else Path(name_or_folder)
     config, weights = read_config(folder, config_class), read_weights(folder)
-    head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
-        raise ModelError(f"{folder}: its output head is not tied to the embedding; this model's is")
     if config.n_layer > len(weights) > 0:  # an absurd number would take minutes to build
         raise ModelError(f"{folder}: config.json says {config.n_layer} layers, of {len(weights)} tensors")
     with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
         model = cls(config, vocab_multiple)
-    have, want = ({name: tuple(w.shape) for name, w in x.items()} for x in (weights, file_views(model)[0]))
+    views, is_gpt2 = file_views(model)
+    if is_gpt2:
+        weights = plain_names(folder, weights)
+    have, want = ({name: tuple(w.shape) for name, w in x.items()} for x in (weights, views))
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
             raise ModelError(f"{folder}: tensor {name} is {have.get(name, 'missing')}, "
                              f"config.json says {want.get(name, 'no such tensor')}")
-    model.to_empty(device="cpu").wte.weight.data.zero_()  # the padding rows
+    if is_gpt2 and not list(model.buffers()):
+        model.to_empty(device="cpu").wte.weight.data.zero_()  # the padding rows
+    else:  # an edited model may compute tables when it is built, such as the angles of rotary positions
+        with torch.random.fork_rng(devices=[]):
+            model = cls(config, vocab_multiple)
     for name, view in file_views(model)[0].items():
         view.copy_(weights[name])
     return model
+
+
+def plain_names(folder, weights):
+    """GPT-2's tensors without `transformer.`, a repeated head, and the attention masks of old files."""
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
+        raise ModelError(f"{folder}: its output head is not tied to the embedding; this model's is")
+    return {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
 
 
 def read_config(folder, config_class=GPTConfig):
@@ -118,10 +131,7 @@ def read_config(folder, config_class=GPTConfig):
 
 
 def read_weights(folder):
-    """The tensors of model.safetensors, or of the shards that its index lists, named without `transformer.`.
-
-    The attention masks that old files carry along are left out.
-    """
+    """The tensors of model.safetensors, or of the shards that its index lists."""
     names, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
     if index.exists() and not (folder / names[0]).exists():
         try:
@@ -137,8 +147,7 @@ def read_weights(folder):
             raise ModelError(f"{folder / name}: no such file (.bin files are pickles, not read)") from None
         except (OSError, ValueError, SafetensorError) as e:
             raise ModelError(f"{folder / name}: cut short, or not a safetensors file ({e})") from None
-    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-    return {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    return weights
 
 
 def download(name):

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from plumbing.errors import ConfigError, RunError
+
 
 def rank():
     return int(os.environ["RANK"]) if world() > 1 else 0
@@ -128,23 +130,36 @@ def gather(terms, n):
     return dict(zip(terms, values, strict=True))
 
 
+def largest(number):
+    """The largest of the ranks' whole numbers, on every rank."""
+    if world() == 1:
+        return number
+    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
 def any_of(value):
     """True on every rank if it is True on one."""
-    if world() == 1:
-        return value
-    flag = torch.tensor(int(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return bool(largest(int(value)))
 
 
 def agree(signals):
     """The signals that arrived here -> the one on which all ranks act in the same step, or None."""
-    if world() == 1:
-        return signals[0] if signals else None
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    number = torch.tensor(signals[0] if signals else 0, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return signal.Signals(number.item()) if number else None
+    number = largest(int(signals[0]) if signals else 0)
+    return signal.Signals(number) if number else None
+
+
+def on_main(function, *args):
+    """Call on rank 0 alone, and return there what it returns; where that fails, every rank stops."""
+    result = error = None
+    try:
+        result = only_main(function)(*args)
+    except (ConfigError, RunError) as e:
+        error = e
+    if any_of(error is not None):
+        raise error or RunError("rank 0 has stopped the run and says why")
+    return result
 
 
 def whole(tensor):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from plumbing import ranks
-from plumbing.files import write_atomically, writing
+from plumbing.files import write_atomically
 
 
 class Reference:
@@ -26,7 +26,8 @@ class Reference:
         known = self.memory.read(numbers)  # (N,), NaN where a pair is new
         if ranks.any_of(bool(known.isnan().any())):  # ranks run a sharded model together, or not at all
             known = torch.where(known.isnan(), self.response_logps(batch).to("cpu", known.dtype), known)
-            self.memory.write(numbers, known)
+            if batch.weight:  # a rank without a pair of its own computes another's again, and keeps nothing
+                self.memory.write(numbers, known)
         return known.to(batch.tokens.device), None
 
 
@@ -50,22 +51,22 @@ class Memory:
 
     def __init__(self, folder, pairs, dtype):
         path, kind = folder / "reference-train.npy", np.float64 if dtype == "float64" else np.float32
-        self.path, counts = path, pairs.rows[:, 2:4].sum(-1)  # C + R
+        counts = pairs.rows[:, 2:4].sum(-1)  # C + R
         self.ends = np.cumsum(counts)
         self.starts = self.ends - counts
-        if not ranks.rank() and not self.fits(path, kind):
-            with writing(path):  # written, not mapped: a full disk is an error here and a crash in a map
-                write_atomically(path, lambda part: save(part, np.full(self.ends[-1], np.nan, kind)))
-        ranks.wait()
+        ranks.on_main(self.make, path, kind)
         self.values = np.load(path, mmap_mode="r+")
 
-    def fits(self, path, kind):
-        """True if the file of an earlier start of this run is there."""
+    def make(self, path, kind):
+        """Write the file, unless an earlier start of this run has."""
         try:
             values = np.load(path, mmap_mode="r")
-            return values.dtype == kind and values.shape == (self.ends[-1],)
+            if values.dtype == kind and values.shape == (self.ends[-1],):
+                return
         except (OSError, ValueError, EOFError):
-            return False
+            pass
+        # written, not mapped: a full disk is an error here and a crash in a map
+        write_atomically(path, lambda part: save(part, np.full(self.ends[-1], np.nan, kind)))
 
     def places(self, numbers):
         return np.concatenate([np.arange(self.starts[i], self.ends[i]) for i in numbers])

@@ -118,7 +118,8 @@ def unhealthy_step(step, terms, norm, places):
 
 def stopped(number, step, cfg):
     say(f"{number.name}: stopped after step {step} and saved; go on with\n"
-        f"  python train.py --resume --out_dir {shlex.quote(cfg.out_dir)}")
+        f"  python train.py --resume --out_dir {shlex.quote(cfg.out_dir)}\n"
+        "or, where this is the SFT before another run, with that run's command again")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from data import DataError
 from plumbing.files import read_bytes, read_json_data
 
 EOT = "<|endoftext|>"
-# GPT-2's split pattern, possessive so that a million spaces do not overflow the regex engine's stack
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# GPT-2's split pattern, possessive and with white space taken by the hundred: the published one backtracks
+# once a character and overflows the regex engine's stack at a million spaces.
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$" \
+        r"|(?:\s{100}(?=\s\s))*+\s+(?!\S)|\s"
 
 
 def read(name_or_path):
@@ -74,28 +76,74 @@ def read_tiktoken(path):
 
 
 def read_folder(folder):
-    """The vocabulary of a folder: {token: id} and end-of-text's id."""
+    """The vocabulary of a folder: {token: id} and end-of-text's id. Every file that transformers would read
+    is read: what makes other ids than GPT-2's is refused."""
+    found = []
     for vocab_file, merges_file in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocab_file).exists() and (folder / merges_file).exists():
             lines = read_bytes(folder / merges_file).decode("utf-8", errors="replace").split("\n")
             merges = [line.split() for line in lines if line and not line.startswith("#version")]
-            return check_merges(folder / vocab_file, read_json_data(folder / vocab_file), merges)
-    if (path := folder / "tokenizer.json").exists():
-        try:
-            bpe = read_json_data(path)
-            kind = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-            split_alike = (kind | bpe["pre_tokenizer"]).items() >= kind.items()
-            if bpe["model"]["type"] != "BPE" or bpe["normalizer"] or not split_alike:
-                raise DataError(f"{path}: not a byte-level BPE of GPT-2's kind")
-            vocab = bpe["model"]["vocab"] | {t["content"]: t["id"] for t in bpe["added_tokens"]}
-            merges = [m.split() if isinstance(m, str) else m for m in bpe["model"]["merges"]]
-        except (KeyError, TypeError) as e:
-            raise DataError(f"{path}: not a tokenizer.json of GPT-2's kind ({e})") from None
-        return check_merges(path, vocab, merges)
-    if (folder / "tokenizer.tiktoken").exists():
+            vocab = read_json_data(folder / vocab_file)
+            found.append((vocab_file, check_merges(folder / vocab_file, vocab, merges)))
+    if (folder / "tokenizer.json").exists():
+        found.append(("tokenizer.json", read_tokenizer_json(folder / "tokenizer.json")))
+    if not found and (folder / "tokenizer.tiktoken").exists():
         return read_tiktoken(folder / "tokenizer.tiktoken")
-    raise DataError(f"tokenizer {str(folder)!r}: is neither gpt2, bytes, a .tiktoken file nor a folder with "
-                    "encoder.json + vocab.bpe, vocab.json + merges.txt, tokenizer.json or tokenizer.tiktoken")
+    if not found:
+        raise DataError(f"tokenizer {str(folder)!r}: is neither gpt2, bytes, a .tiktoken file nor a folder "
+                        "with encoder.json + vocab.bpe, vocab.json + merges.txt, tokenizer.json or "
+                        "tokenizer.tiktoken")
+    if (folder / "tokenizer_config.json").exists():
+        check_config(folder / "tokenizer_config.json", any(name == "tokenizer.json" for name, _ in found))
+    (first, vocabulary), *others = found
+    for name, other in others:
+        if other != vocabulary:
+            raise DataError(f"{folder}: {first} and {name} hold different vocabularies; remove the wrong one")
+    return vocabulary
+
+
+def read_tokenizer_json(path):
+    bpe = read_json_data(path)
+    try:
+        model, split, after = bpe["model"], bpe["pre_tokenizer"], bpe.get("post_processor") or {}
+        split_of_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        of_gpt2 = {
+            "model": model["type"] == "BPE" and not model.get("dropout") and not model.get("ignore_merges"),
+            "normalizer": not bpe["normalizer"],
+            "pre_tokenizer": (split_of_gpt2 | split).items() >= split_of_gpt2.items(),
+            "post_processor": after.get("type", "ByteLevel") in ("ByteLevel", "TemplateProcessing")
+                              and '"SpecialToken"' not in json.dumps(after),
+            "added_tokens": all(map(is_special, bpe["added_tokens"])),
+        }
+        vocab = model["vocab"] | {t["content"]: t["id"] for t in bpe["added_tokens"]}
+        merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise DataError(f"{path}: not a tokenizer.json of GPT-2's kind ({e})") from None
+    if other := [name for name, true in of_gpt2.items() if not true]:
+        raise DataError(f"{path}: not a byte-level BPE of GPT-2's kind: its {', '.join(other)} would give "
+                        "other ids")
+    return check_merges(path, vocab, merges)
+
+
+def is_special(token):
+    """Text becomes an added token that is not special: "a  b" with an added "  " has other ids."""
+    return token.get("special") or token["content"] == EOT
+
+
+def check_config(path, has_tokenizer_json):
+    """tokenizer_config.json may ask for other ids than the vocabulary's; its class decides where there is no
+    tokenizer.json (Qwen2Tokenizer, say, reads vocab.json and merges.txt and splits text otherwise)."""
+    config = read_json_data(path)
+    try:
+        wrong = [key for key in ("add_prefix_space", "add_bos_token", "add_eos_token") if config.get(key)]
+        if config.get("tokenizer_class") not in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
+            wrong += [] if has_tokenizer_json else [f"tokenizer_class {config['tokenizer_class']}"]
+        if not all(map(is_special, config.get("added_tokens_decoder", {}).values())):
+            wrong.append("added_tokens_decoder (with a token that is not special)")
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: not a tokenizer_config.json") from None
+    if wrong:
+        raise DataError(f"{path}: {', '.join(wrong)}: not GPT-2's; transformers would give other ids")
 
 
 def check_merges(path, vocab, merges):

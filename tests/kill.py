@@ -1,7 +1,7 @@
 """Kill a run at any moment, fill its disk, make its folder read-only: python tests/kill.py [--short]
 
-Each trial starts `train.py --loss dpo` (with the SFT run that makes its reference), hurts it, starts it
-again until it ends, and compares: the weights of both runs and the logged numbers must be an uninterrupted
+Each trial starts `train.py --loss dpo` (with the SFT run that makes its start), hurts it, starts it again
+until it ends, and compares: weights, the reference's remembered numbers and the log must be an uninterrupted
 run's, to the byte, and no temporary file may be left. A run that ends by itself must say why in one line,
 with status 1 or 2. Trials are forked from this process, which has imported torch but never trained.
 
@@ -15,7 +15,6 @@ import argparse
 import errno
 import json
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -29,21 +28,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (the first optimizer imports it: once here, not in each child)
 from safetensors import SafetensorError  # noqa: E402
 
-import model  # noqa: E402
-import runs  # noqa: E402
 import train  # noqa: E402
+from plumbing import checkpoints, folder, pretrained, reference  # noqa: E402
 
 FLAGS = ("--loss dpo --data d.jsonl --out_dir dpo --tokenizer bytes --n_layer 1 --n_head 2 --n_embd 16 "
          "--block_size 64 --batch_size 6 --micro_batch_size 3 --log_every 1 --eval_every 2 --save_every 1 "
          "--lr 1e-3")
 SHORT_RUN = f"{FLAGS} --sft_steps 2 --steps 3".split()
 LONG_RUN = f"{FLAGS} --sft_steps 30 --steps 150".split()
-TIMING = {"pairs_per_s", "tokens_per_s", "mfu", "peak_memory"}
+TIMING = {"pairs_per_s", "tokens_per_s", "peak_memory"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -57,10 +54,12 @@ class Fault:
         self.at, self.action, self.count = at, action, 0
 
     def hit(self, takes_room, torn=None, error=OSError):
+        """takes_room: None for memory that is mapped, where nothing fails. torn: writes one half."""
         self.count += 1
-        if not self.at or self.count < self.at or self.action == "full" and not takes_room:
+        hurts = {"full": takes_room, "read-only": takes_room is not None}.get(self.action, True)
+        if not self.at or self.count < self.at or not hurts:
             return
-        if torn and (self.action == "full" or self.action == "kill torn"):
+        if torn and self.action in ("full", "kill torn"):
             torn()
         if self.action.startswith("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -70,44 +69,37 @@ class Fault:
             raise SafetensorError(f"Error while serializing: I/O error: {text} (os error {number})")
         raise OSError(number, text)
 
+    def wrap(self, owner, name, takes_room, tear=None, error=OSError):
+        """Count the calls of owner.name; tear(real, *args) does one half of it."""
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            self.hit(takes_room, tear and (lambda: tear(real, *args, **kwargs)), error)
+            return real(*args, **kwargs)
+        setattr(owner, name, call)
+
     def install(self):
-        def wrap(owner, name, takes_room):
-            real = getattr(owner, name)
+        def half_content(real, path, content, *args, **kwargs):
+            real(path, content[:len(content) // 2], *args, **kwargs)
 
-            def call(*args, **kwargs):
-                self.hit(takes_room)
-                return real(*args, **kwargs)
-            setattr(owner, name, call)
+        def half_file(path, write):
+            write()
+            os.truncate(path, os.path.getsize(path) // 2)
 
-        for name in ("fsync", "mkdir", "posix_fallocate"):
-            wrap(os, name, takes_room=True)
+        for name in ("fsync", "mkdir"):
+            self.wrap(os, name, True)
         for name in ("replace", "rename", "unlink", "rmdir"):
-            wrap(os, name, takes_room=False)
-        wrap(np.lib.format, "open_memmap", takes_room=True)
+            self.wrap(os, name, False)
         for name in ("write_text", "write_bytes"):
-            self.wrap_write(name)
-        for module in (runs, model):
-            self.wrap_save_file(module)
-        runs.open = self.open
-
-    def wrap_write(self, name):
-        real = getattr(pathlib.Path, name)
-
-        def write(path, content, *args, **kwargs):
-            self.hit(True, lambda: real(path, content[:len(content) // 2], *args, **kwargs))
-            return real(path, content, *args, **kwargs)
-        setattr(pathlib.Path, name, write)
-
-    def wrap_save_file(self, module):
-        real = module.save_file
-
-        def save_file(tensors, path, *args, **kwargs):
-            def torn():
-                real(tensors, path, *args, **kwargs)
-                os.truncate(path, os.path.getsize(path) // 2)
-            self.hit(True, torn, SafetensorError)
-            return real(tensors, path, *args, **kwargs)
-        module.save_file = save_file
+            self.wrap(Path, name, True, half_content)
+        for module in (checkpoints, pretrained):
+            self.wrap(module, "save_file", True, lambda real, tensors, path, *args, **kwargs: half_file(
+                path, lambda: real(tensors, path, *args, **kwargs)), SafetensorError)
+        self.wrap(reference, "save", True, lambda real, path, array: half_file(
+            path, lambda: real(path, array)))
+        self.wrap(reference.Memory, "write", None, lambda real, memory, numbers, values: real(
+            memory, numbers[:1], values[:memory.ends[numbers[0]] - memory.starts[numbers[0]]]))
+        folder.open = self.open
 
     def open(self, path, mode="r", **kwargs):
         """The log is appended to through this; half a line is what a kill or a full disk may leave."""
@@ -124,7 +116,7 @@ class Fault:
             def write(self, line):
                 fault.hit(True, lambda: f.write(line[:len(line) // 2]))
                 return f.write(line)
-        return File() if mode == "ab" else f
+        return File()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -135,9 +127,9 @@ class Wrong(Exception):
     """What a trial found."""
 
 
-def start(folder, flags, fault=None):
+def start(place, flags, fault=None):
     """Fork a training run in a folder -> its pid. A run that exists goes on."""
-    resume = ["--resume"] if (folder / "dpo" / "run.json").exists() else []
+    resume = ["--resume"] if (place / "dpo" / "run.json").exists() else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside the threads of a BLAS
         pid = os.fork()
@@ -145,10 +137,10 @@ def start(folder, flags, fault=None):
         return pid
     status = 70
     try:
-        out = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        out = os.open(place / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        os.chdir(folder)
+        os.chdir(place)
         if fault:
             fault.install()
         train.main(flags + resume)
@@ -161,7 +153,8 @@ def start(folder, flags, fault=None):
         traceback.print_exc()
     finally:
         if fault and not fault.at:
-            pathlib.Path("events").open("w").write(str(fault.count))
+            with open("events", "w") as f:
+                f.write(str(fault.count))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -172,20 +165,20 @@ def wait(pid):
 
 
 def new_folder(base):
-    folder = Path(tempfile.mkdtemp(dir=base))
-    shutil.copy(base / "d.jsonl", folder)
-    return folder
+    place = Path(tempfile.mkdtemp(dir=base))
+    shutil.copy(base / "d.jsonl", place)
+    return place
 
 
-def output_of(folder):
-    return (folder / "output").read_text(errors="replace")
+def output_of(place):
+    return (place / "output").read_text(errors="replace")
 
 
-def numbers(folder):
+def numbers(place):
     """The logged numbers of each step and evaluation, without times; the last record of a step counts."""
     found = {}
     for name in ("sft", "dpo"):
-        for line in (folder / name / "log.jsonl").read_text().splitlines():
+        for line in (place / name / "log.jsonl").read_text().splitlines():
             record = json.loads(line)
             if "step" in record and "note" not in record:
                 kind = "eval" if "eval/loss" in record else "train"
@@ -193,29 +186,28 @@ def numbers(folder):
     return found
 
 
-def finish(folder, flags, what):
+def finish(place, flags, what):
     """Start again, unhurt: it must end with status 0."""
-    status = wait(start(folder, flags))
+    status = wait(start(place, flags))
     if status:
-        raise Wrong(f"{what}: started again, it ended with status {status}:\n{output_of(folder)}")
+        raise Wrong(f"{what}: started again, it ended with status {status}:\n{output_of(place)}")
 
 
-def compare(folder, good, what):
-    for name in ("sft", "dpo"):
-        for file in ("model.safetensors", "config.json", "merges.txt"):
-            path = folder / name / file
-            if not path.exists() or path.read_bytes() != (good / name / file).read_bytes():
-                raise Wrong(f"{what}: {name}/{file} is not the uninterrupted run's ({folder})")
-    if numbers(folder) != numbers(good):
-        raise Wrong(f"{what}: the log is not the uninterrupted run's ({folder})")
-    if left := [p for p in folder.rglob("*") if p.suffix == ".part" or p.name.startswith(".tmp")]:
+def compare(place, good, what):
+    result = ("model.safetensors", "config.json", "merges.txt")
+    for name in [f"{run}/{file}" for run in ("sft", "dpo") for file in result] + ["dpo/reference-train.npy"]:
+        if not (place / name).exists() or (place / name).read_bytes() != (good / name).read_bytes():
+            raise Wrong(f"{what}: {name} is not the uninterrupted run's ({place})")
+    if numbers(place) != numbers(good):
+        raise Wrong(f"{what}: the log is not the uninterrupted run's ({place})")
+    if left := [p for p in place.rglob("*") if p.suffix == ".part" or p.name.startswith(".tmp")]:
         raise Wrong(f"{what}: left behind: {left}")
-    shutil.rmtree(folder)
+    shutil.rmtree(place)
 
 
-def check_message(folder, status, what):
+def check_message(place, status, what):
     """A run that could not write: one clear line and status 1 or 2."""
-    text = output_of(folder)
+    text = output_of(place)
     last = [line for line in text.splitlines() if line.strip()][-1]
     if status not in (1, 2) or "Traceback" in text or not last.startswith("train.py:"):
         raise Wrong(f"{what}: status {status}\n{text}")
@@ -225,59 +217,59 @@ def check_message(folder, status, what):
 
 def random_kills(base, good, flags, longest, at_most, chance):
     """kill -9 after random times, until the run ends or was killed so often -> how often."""
-    folder, kills = new_folder(base), 0
+    place, kills = new_folder(base), 0
     while kills < at_most:
-        pid = start(folder, flags)
+        pid = start(place, flags)
         time.sleep(chance.uniform(0.02, longest))
         os.kill(pid, signal.SIGKILL)
         status = wait(pid)
         if status == 0:
             break
         if status != -signal.SIGKILL:
-            raise Wrong(f"after {kills} kills it ended with status {status}:\n{output_of(folder)}")
+            raise Wrong(f"after {kills} kills it ended with status {status}:\n{output_of(place)}")
         kills += 1
-    finish(folder, flags, f"after {kills} kills")
-    compare(folder, good, f"after {kills} kills")
+    finish(place, flags, f"after {kills} kills")
+    compare(place, good, f"after {kills} kills")
     return kills
 
 
 def fault_at(base, good, flags, at, action):
     """One fault at the at-th event -> False where the run did nothing there that this fault could hurt."""
-    folder, what = new_folder(base), f"{action} at event {at}"
-    status = wait(start(folder, flags, Fault(at, action)))
+    place, what = new_folder(base), f"{action} at event {at}"
+    status = wait(start(place, flags, Fault(at, action)))
     if status not in (0, -signal.SIGKILL):
-        check_message(folder, status, what)
+        check_message(place, status, what)
     if status == 0 and action.startswith("kill"):
         raise Wrong(f"{what}: not killed")
-    finish(folder, flags, what)
-    compare(folder, good, what)
+    finish(place, flags, what)
+    compare(place, good, what)
     return status != 0
 
 
 def small_disk(base, good, flags, kilobytes):
     """A real full disk: a tmpfs of that size, which then grows -> False where mounting is not allowed."""
-    folder, what = new_folder(base), f"a disk of {kilobytes} kB"
-    disk = folder / "disk"
+    place, what = new_folder(base), f"a disk of {kilobytes} kB"
+    disk = place / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         return False
     try:
-        flags = [f.replace("dpo", "disk/dpo") if i and flags[i - 1] == "--out_dir" else f
-                 for i, f in enumerate(flags)]
-        status = wait(start(folder, flags))
+        flags = ["disk/dpo" if before == "--out_dir" else flag
+                 for before, flag in zip(["", *flags], flags, strict=False)]
+        status = wait(start(place, flags))
         if status:
-            check_message(folder, status, what)
+            check_message(place, status, what)
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
         if (disk / "dpo" / "run.json").exists():
             flags = [*flags, "--resume"]
-        finish(folder, flags, what)
+        finish(place, flags, what)
         for name in ("sft", "dpo"):
-            shutil.copytree(disk / name, folder / name)
+            shutil.copytree(disk / name, place / name)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     disk.rmdir()
-    compare(folder, good, what)
+    compare(place, good, what)
     return True
 
 
@@ -297,30 +289,29 @@ def main():
     base = Path(tempfile.mkdtemp(prefix="kill-"))
     words = ["red", "a", "green tree", "blue.", "sky"]
     lines = [{"prompt": f"Q{i}?", "chosen": " ".join(chance.choices(words, k=3)) + "!",
-              "rejected": " ".join(chance.choices(words, k=2))} for i in range(20)]
+              "rejected": " ".join(chance.choices(words, k=2))} for i in range(16)]  # 3 steps: 1.2 epochs
     (base / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     good = new_folder(base)
-    counter = Fault(None, "count")
-    if wait(start(good, SHORT_RUN, counter)):
+    if wait(start(good, SHORT_RUN, Fault(None, "count"))):
         sys.exit(f"the uninterrupted run failed:\n{output_of(good)}")
     events = int((good / "events").read_text())
     print(f"an uninterrupted run touches the disk {events} times")
     few = options.short
     try:
         points = spread(events, 6, options.seed) if few else range(1, events + 1)
-        for i, at in enumerate(points):
-            for action in (["kill", "kill torn"][i % 2:][:1] if few else ["kill", "kill torn"]):
-                fault_at(base, good, SHORT_RUN, at, action)
-        killed = len(points) * (1 if few else 2)
-        print(f"{killed} kills at a write, rename, fsync, mkdir or unlink: the same bytes", flush=True)
+        trials = [(at, action) for i, at in enumerate(points)
+                  for action in (["kill", "kill torn"][i % 2:][:1] if few else ["kill", "kill torn"])]
+        for at, action in trials:
+            fault_at(base, good, SHORT_RUN, at, action)
+        print(f"{len(trials)} kills at a write, rename, fsync, mkdir or unlink: the same bytes", flush=True)
         for action in ("full", "read-only"):
             points = spread(events, 2, 5 + options.seed) if few else range(1, events + 1)
             hurt = sum(fault_at(base, good, SHORT_RUN, at, action) for at in points)
             print(f"{hurt} faults ({action}): one clear line, then the same bytes", flush=True)
         sizes = (400,) if few else range(16, 1200, 24)
         mounted = sum(small_disk(base, good, SHORT_RUN, size) for size in sizes)
-        print(f"{mounted} small disks" + " (no permission to mount)" * (not mounted), flush=True)
+        print(f"{mounted} small disks" + (" (no permission to mount)" if not mounted else ""), flush=True)
 
         slow, clock = new_folder(base), time.perf_counter()
         flags = SHORT_RUN if few else LONG_RUN

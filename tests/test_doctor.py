@@ -3,8 +3,10 @@
 Real data (../shared/data) are used where they are present; the test on them skips elsewhere.
 """
 
+import base64
 import json
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import data
+import train
 from tools import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,9 +93,10 @@ def test_counts_of_everything_that_is_wrong_with_lines(diagnose):
         pair("abcdefghij" + "0123456789" * 3),  # 9: loses another beginning, equals 8 after it
         pair("Q", "y", "long"),  # 10: one token
         pair("Say: ", "Say: yes", "Say: no"),  # 11: the prompt again
+        pair("Q", "yes", "no<|endoftext|>"),  # 12: end-of-text, written out
         options=["--block_size", "30"])
     assert status == 0
-    assert "Pairs: 7 of 11 can be used; they have 4 different prompts" in report
+    assert "Pairs: 8 of 12 can be used; they have 4 different prompts" in report
     for text, expected in {
         "dropped: an empty response": "2  dropped: an empty response: line 4, line 5",
         "dropped: identical": "1  dropped: identical responses: line 6",
@@ -104,26 +108,26 @@ def test_counts_of_everything_that_is_wrong_with_lines(diagnose):
         "exchanged": "1  an earlier pair with chosen and rejected exchanged: line 3",
         "one token": "1  response of one token (before end-of-text): line 10",
         "repeat the prompt": "1  both responses repeat the prompt: is it meant to be scored?: line 11",
+        "ends in the text": "1  response that ends in the text <|endoftext|>: it is added here, remove it: "
+                            "line 12",
     }.items():
         assert line_of(report, text).strip() == expected
 
 
 def test_long_texts_are_shortened_in_the_middle_and_at_the_front(diagnose):
-    _, report, _ = diagnose(pair("front" + "p" * 500 + "end", "c" * 100, "r"))
+    long = pair("front" + "p" * 500 + "end", "c" * 100, "r")
+    _, report, _ = diagnose(long, options=["--block_size", "999"])
     shown = report[report.index("One pair"):report.index("\nPairs:")]
     assert "pppend\n" in shown and "front" not in shown and "its end:" in shown
     assert shown.count("[c]") == 60 + 4 and "[c] ... 36 more ... " in shown and "[<|endoftext|>]" in shown
 
 
-def test_only_a_prompt_that_both_responses_repeat_is_pointed_out(diagnose):
-    _, report, _ = diagnose(pair("", "a", "b"), pair("Say", "Say: yes", "no"), pair("Say", "yes", "Say: no"))
+def test_a_prompt_that_one_side_repeats_is_no_finding_and_three_places_of_one_are_named(diagnose):
+    _, report, _ = diagnose(*[pair(chosen="")] * 3, pair("", "a", "b"), pair("Say", "Say: yes", "no"),
+                            pair("Say", "yes", "Say: no"))
     assert line_of(report, "repeat the prompt").split()[0] == "0"
-
-
-@pytest.mark.parametrize("n, places", [(3, "line 1, line 2, line 3"), (4, "line 1, line 2, line 3, ...")])
-def test_the_first_three_places_are_named(diagnose, n, places):
-    _, report, _ = diagnose(*[pair(chosen="")] * n, pair())
-    assert line_of(report, "empty").endswith(f"an empty response: {places}")
+    assert line_of(report, "empty").endswith("an empty response: line 1, line 2, line 3")
+    assert "line 1, line 2, line 3, ..." in line_of(diagnose(*[pair(chosen="")] * 4, pair())[1], "empty")
 
 
 def test_length_bias_and_percentiles(diagnose):
@@ -149,7 +153,7 @@ def test_edit_distances_and_where_dpo_fails(diagnose):
 
 def test_tokens_that_would_span_prompt_and_response(diagnose, tmp_path):
     tokens = [bytes([b]) for b in range(256)] + [b"ab"]
-    lines = (data.base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
+    lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
     (tmp_path / "v.tiktoken").write_bytes(b"".join(lines))
     records = pair("xa", "b", "c"), pair("xa", " b", " c")
     report = diagnose(*records, options=["--tokenizer", str(tmp_path / "v.tiktoken")])[1]
@@ -175,13 +179,39 @@ def test_segments_coverage_and_scores(diagnose):
 def test_malformed_lines_are_listed_and_the_rest_is_still_examined(diagnose):
     status, report, _ = diagnose(pair(), *["{}\n"] * 12)
     assert status == 2 and "12 malformed records: training refuses to start until they are mended" in report
-    assert '  d.jsonl:2: key "chosen" is missing\n' in report and "d.jsonl:11:" in report
-    assert "d.jsonl:12:" not in report and "Pairs: 1 of 13 can be used" in report
+    assert "  d.jsonl:2: no form has the keys (none)" in report and "(and 11 more like it)\n" in report
+    assert "d.jsonl:3:" not in report and "Pairs: 1 of 13 can be used" in report
+    assert "To train" not in report
 
 
 def test_a_file_without_one_usable_pair_is_no_crash(diagnose):
-    status, report, _ = diagnose(pair(chosen=""), options=["--plot", "never.png"])
-    assert status == 0 and "Pairs: 0 of 1 can be used" in report and not Path("never.png").exists()
+    status, report, _ = diagnose(pair(chosen=""), pair(chosen="x" * 300), options=["--plot", "never.png"])
+    assert status == 0 and "Pairs: 0 of 2 can be used" in report and not Path("never.png").exists()
+    assert "a response that does not fit block_size 256" in report and "To train" not in report
+
+
+def test_keys_and_files_that_are_not_read_are_named(diagnose, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "e.jsonl").write_text(json.dumps(pair(input="unread")) + "\n")
+    (tmp_path / "folder" / "info.json").write_text("{}")
+    _, report, _ = diagnose(pair(source="unread", input="", note=None), options=[str(tmp_path / "folder")])
+    assert "ignored keys: 'input' (1 times), 'source' (1 times)\n" in report
+    assert "folder: not read, .json beside .jsonl files: info.json\n" in report
+
+
+@pytest.mark.slow
+def test_the_command_at_the_end_trains(diagnose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sides = scored(("a", 1), (" b", 2)), scored(("c", 0))
+    for loss, pairs in (("dpo", [pair(f"Q{i}") for i in range(8)]),
+                        ("2d-dpo", [pair(f"Q{i}", *sides) for i in range(8)])):
+        *_, title, command = diagnose(*pairs, options=["--block_size", "32"])[1].splitlines()
+        python, script, *flags = shlex.split(command)
+        assert title == "To train on this:" and [python, script] == ["python", "train.py"]
+        assert flags[:2] == ["--loss", loss]
+        short = ["--steps", "1", "--sft_steps", "1", "--n_embd", "16", "--out_dir", loss, "--overwrite"]
+        train.main([*flags, *short])
+        assert (tmp_path / loss / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize("records, options, message", [
@@ -191,7 +221,7 @@ def test_a_file_without_one_usable_pair_is_no_crash(diagnose):
     ([pair()], ["--tokenizer", "nowhere"], "tokenizer 'nowhere': is neither"),
     ([pair()], ["--plot", "nowhere/x.png"], "--plot nowhere/x.png: "),
     ([pair()], ["--plot", "x.unknown"], "--plot x.unknown: "),
-    ([pair(), "{}"], ["--segment"], 'd.jsonl:2: key "chosen" is missing'),
+    ([pair(), "{}"], ["--segment"], "d.jsonl:2: no form has the keys (none)"),
 ])
 def test_bad_input_is_one_clear_line_and_exit_status_2(diagnose, records, options, message):
     status, _, error = diagnose(*records, options=options)
@@ -203,6 +233,7 @@ def test_plot_draws_a_png(diagnose, tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and "histograms:" in report
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_for_the_plot_only(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(pair()))
     code = ("import sys; from tools import doctor; doctor.main(sys.argv[1:]); "
@@ -231,6 +262,7 @@ def test_segment_writes_the_segment_form_of_the_same_pairs_with_scores_left_to_f
     assert before.ids.tolist() == after.ids.tolist()  # the segment form trains on the same tokens
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_script_from_any_folder_and_survives_a_closed_pipe(tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(pair(f"Q{i}")) + "\n" for i in range(5000)))
     command = [sys.executable, str(ROOT / "tools" / "doctor.py"), "d.jsonl", "--segment"]
@@ -242,6 +274,7 @@ def test_it_runs_as_a_script_from_any_folder_and_survives_a_closed_pipe(tmp_path
     run.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
 @pytest.mark.parametrize("name, used, merged, close, median", [
     ("hh/harmless-base-test.jsonl.gz", "2308 of 2312", "0  ", "0.0 %", ["96", "29", "38"]),
@@ -250,7 +283,8 @@ def test_it_runs_as_a_script_from_any_folder_and_survives_a_closed_pipe(tmp_path
     ("fine-grained/pairs_2d.jsonl", "481 of 481", "31  ", "0.4 %", ["16", "68", "87"]),
 ])
 def test_the_real_files(capsys, name, used, merged, close, median):
-    assert doctor.main([str(SHARED / name), "--tokenizer", str(SHARED / "gpt2-bpe")]) == 0
+    options = ["--tokenizer", str(SHARED / "gpt2-bpe"), "--block_size", "1024"]
+    assert doctor.main([str(SHARED / name), *options]) == 0
     report = capsys.readouterr().out
     assert f"Pairs: {used} can be used" in report and f"{close} below 0.1" in report
     assert line_of(report, "if tokenised together").strip().startswith(merged)

@@ -1,4 +1,4 @@
-"""Readers under arbitrary input: the JSONL reader and the readers of run.json, checkpoints and weights raise
+"""Readers under arbitrary input: those of data files, of run.json, of checkpoints and of model folders raise
 nothing but their own errors. A few seconds; TERMWISE_FUZZ_SECONDS=60 makes it a minute.
 """
 
@@ -11,18 +11,18 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import data
-import runs
-from model import GPT, GPTConfig, ModelError, file_views
-from runs import ConfigError
+from model import GPT, GPTConfig, ModelError
+from plumbing import checkpoints, files, formats
+from plumbing.errors import ConfigError
+from plumbing.folder import read_run
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-pytestmark = pytest.mark.slow  # processes and training: seconds each
+pytestmark = pytest.mark.slow  # as long as it is told to take
 
 SECONDS = float(os.environ.get("TERMWISE_FUZZ_SECONDS", 4))
 BYTES = data.Tokenizer("bytes")
@@ -63,13 +63,15 @@ MESSAGE = st.fixed_dictionaries({}, optional={
     "content": st.one_of(TEXT, JSON)})
 HH = st.builds("\n\nHuman: {}\n\nAssistant: {}".format, TEXT, TEXT)
 VALUE = st.one_of(TEXT, HH, LONE, st.lists(SEGMENT, max_size=4), st.lists(MESSAGE, max_size=4), JSON)
-RECORD = st.fixed_dictionaries({}, optional={key: VALUE for key in (*sorted(data.KEYS), "other")})
+RECORD = st.fixed_dictionaries({}, optional={key: VALUE for key in (*sorted(formats.KEYS), "other")})
 WELL_FORMED = st.fixed_dictionaries({"prompt": TEXT, "chosen": st.builds("a{}".format, TEXT),
                                      "rejected": st.builds("b{}".format, TEXT)})
-CUT = st.tuples(st.integers(0, 10**6), st.binary(max_size=4))  # where bytes are replaced; b"" cuts there
+CUTS = st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), max_size=3)  # see damage
+KINDS = st.sampled_from([".jsonl", ".jsonl.gz", ".json"])
 
 
 def damage(content, cuts):
+    """Bytes replaced at some places; b"" cuts there."""
     for at, put in cuts:
         at = at % (len(content) + 1)
         content = content[:at] + put + content[at + len(put):] if put else content[:at]
@@ -80,33 +82,36 @@ def damage(content, cuts):
 # The tests
 
 
+def read(path, block_size):
+    """The pairs of a data file, or None where a DataError names it."""
+    try:
+        return data.load([path], BYTES, block_size)[0]
+    except data.DataError as e:
+        assert str(path) in str(e)
+
+
 def test_any_records_are_read_or_refused_with_data_errors(folder):
-    """Objects that resemble every form, as .jsonl, .jsonl.gz or .json; what is read is well-formed."""
-    read = []
+    """Objects that resemble every form; what is read is well-formed."""
+    found = []
 
     def check(records, kind, block_size):
         lines = [json.dumps(record) for record in records]
-        text = "[" + ",".join(lines) + "]" if kind == ".json" else "\n".join(lines)
-        path = folder / f"records{kind}"
-        path.write_bytes(gzip.compress(text.encode(), 1) if kind.endswith("gz") else text.encode())
-        try:
-            pairs, notes = data.load([path], BYTES, block_size)
-        except data.DataError as e:
-            assert str(path) in str(e)
-            return
-        read.append(len(pairs))
-        for i in range(len(pairs)):
-            p = pairs[i]
+        text = ("[" + ",".join(lines) + "]" if kind == ".json" else "\n".join(lines)).encode()
+        (folder / f"records{kind}").write_bytes(gzip.compress(text, 1) if kind.endswith("gz") else text)
+        pairs = read(folder / f"records{kind}", block_size) or []
+        found.extend(pairs[i] for i in range(len(pairs)))
+        for p in found[len(found) - len(pairs):]:
             assert len(p.prompt) >= 1 and len(p.prompt) + max(len(p.chosen), len(p.rejected)) <= block_size
             assert p.chosen[-1] == p.rejected[-1] == BYTES.eot
             for ids, segment, scores in ((p.chosen, p.chosen_segment, p.chosen_scores),
                                          (p.rejected, p.rejected_segment, p.rejected_scores)):
                 assert len(ids) == len(segment) and segment.max() < len(scores) and (scores >= 0).all()
-        data.collate([pairs[i] for i in range(len(pairs))])
+        if pairs:
+            data.collate(found[-len(pairs):])
 
-    fuzz(check, st.lists(st.one_of(RECORD, WELL_FORMED, JSON), min_size=1, max_size=4),
-         st.sampled_from([".jsonl", ".jsonl.gz", ".json"]), st.sampled_from([8, 64, 1000]), share=0.4)
-    assert read  # not everything is refused
+    fuzz(check, st.lists(st.one_of(RECORD, WELL_FORMED, JSON), min_size=1, max_size=4), KINDS,
+         st.sampled_from([8, 64, 1000]), share=0.4)
+    assert found  # not everything is refused
 
 
 def test_any_bytes_in_a_data_file_are_read_or_refused_with_data_errors(folder):
@@ -116,15 +121,10 @@ def test_any_bytes_in_a_data_file_are_read_or_refused_with_data_errors(folder):
 
     def check(content, cuts, kind):
         content = content or damage(good if kind != ".jsonl.gz" else gzip.compress(good), cuts)
-        path = folder / f"bytes{kind}"
-        path.write_bytes(content)
-        try:
-            data.load([path], BYTES, 64)
-        except data.DataError as e:
-            assert str(path) in str(e)
+        (folder / f"bytes{kind}").write_bytes(content)
+        read(folder / f"bytes{kind}", 64)
 
-    fuzz(check, st.one_of(st.just(b""), st.binary(max_size=60)), st.lists(CUT, max_size=3),
-         st.sampled_from([".jsonl", ".jsonl.gz", ".json"]), share=0.15)
+    fuzz(check, st.one_of(st.just(b""), st.binary(max_size=60)), CUTS, KINDS, share=0.15)
 
 
 def test_any_change_of_a_checkpoint_is_refused_with_a_config_error(folder):
@@ -133,48 +133,46 @@ def test_any_change_of_a_checkpoint_is_refused_with_a_config_error(folder):
     optimizer = torch.optim.AdamW(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    runs.save_checkpoint(folder, 3, model, optimizer, {"seed": 0}, {"before": None})
-    files = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+    checkpoints.save(folder, 3, model, optimizer, {"seed": 0}, {"before": None})
+    good = {path: path.read_bytes() for path in sorted((folder / "checkpoints").iterdir())}
     note = folder / "checkpoints" / "step-0000003.json"
-    runs.read_checkpoint(note, model, {"seed": 0})
-    runs.write_json(folder / "run.json", {"config": {"loss": "dpo", "steps": 3, "beta": 1, "ref": None},
-                                          "identity": {}, "finished": None, "score_maximum": None})
+    files.write_json(folder / "run.json", {"config": {"loss": "dpo", "steps": 3, "beta": 1, "ref": None},
+                                           "identity": {}, "finished": None, "score_maximum": None})
     run = (folder / "run.json").read_bytes()
+    read_run(folder)
 
     def check(cuts, which, value):
-        path = sorted(files)[which]
-        changed = json.dumps(value).encode() if value and which == 0 else damage(files[path], cuts)
+        path = list(good)[which]
+        changed = json.dumps(value).encode() if value and which == 0 else damage(good[path], cuts)
         path.write_bytes(changed)
         try:
-            if changed == files[path]:
-                runs.read_checkpoint(note, model, {"seed": 0})
+            if changed == good[path]:
+                checkpoints.read(note, model, {"seed": 0})
             else:
                 with pytest.raises(ConfigError, match="skipped"):
-                    runs.read_checkpoint(note, model, {"seed": 0})
+                    checkpoints.read(note, model, {"seed": 0})
         finally:
-            path.write_bytes(files[path])
+            path.write_bytes(good[path])
         (folder / "run.json").write_bytes(json.dumps(value).encode() if value else damage(run, cuts))
         try:
-            runs.read_run(folder)
+            read_run(folder)
         except ConfigError as e:
             assert "run.json: damaged" in str(e)
 
     keys = st.sampled_from(["step", "sha256", "identity", "key", "config", "finished", "score_maximum"])
-    fuzz(check, st.lists(CUT, max_size=3), st.integers(0, 1),
-         st.one_of(st.none(), st.dictionaries(keys, JSON), JSON), share=0.2)
+    fuzz(check, CUTS, st.integers(0, 1), st.one_of(st.none(), st.dictionaries(keys, JSON), JSON), share=0.2)
 
 
 def test_any_weights_or_config_are_read_or_refused_with_a_model_error(folder):
     """Bytes changed, headers of any length, JSON of any kind: in config.json and in model.safetensors."""
     target = folder / "model"
     GPT(GPTConfig(8, 4, 1, 1, 2)).save_pretrained(target)
-    files = {name: (target / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    config = json.loads(files["config.json"])
-    size = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 200))
+    good = {name: (target / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    config = json.loads(good["config.json"])
 
     def check(cuts, name, value, size, how):
         if how == "bytes":
-            content = damage(files[name], cuts)
+            content = damage(good[name], cuts)
         elif name == "config.json":
             content = json.dumps(config | value if isinstance(value, dict) else value).encode()
         else:
@@ -186,26 +184,17 @@ def test_any_weights_or_config_are_read_or_refused_with_a_model_error(folder):
         except ModelError as e:
             assert str(target) in str(e) or "needs a whole number" in str(e) or "divisible" in str(e)
         finally:
-            (target / name).write_bytes(files[name])
+            (target / name).write_bytes(good[name])
 
-    names = ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner"]
+    names = ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "model_type"]
     sizes = st.dictionaries(st.sampled_from(names),
-                            st.one_of(st.integers(-2, 9), st.floats(), st.none(), TEXT))
+                            st.one_of(st.integers(-2, 9), st.floats(), st.none(), TEXT, st.just("termwise")))
     entry = st.fixed_dictionaries({
         "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "X"]),
         "shape": st.lists(st.integers(-1, 2**40), max_size=3),
         "data_offsets": st.lists(st.integers(-1, 20), min_size=2, max_size=2)})
     headers = st.dictionaries(
         st.sampled_from(["wte.weight", "transformer.wpe.weight", "lm_head.weight", "x"]), entry)
-    fuzz(check, st.lists(CUT, max_size=3), st.sampled_from(sorted(files)), st.one_of(sizes, headers, JSON),
-         size, st.sampled_from(["bytes", "header", "size"]), share=0.25)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8])
-def test_weights_of_another_dtype_are_read_as_float32(dtype, folder):
-    target = folder / "dtypes"
-    GPT(GPTConfig(8, 4, 1, 1, 2)).save_pretrained(target)
-    stored = {name: w.to(dtype) for name, w in load_file(target / "model.safetensors").items()}
-    save_file(stored, target / "model.safetensors")
-    for name, view in file_views(GPT.from_pretrained(target)).items():
-        assert view.dtype == torch.float32 and torch.equal(view, stored[f"transformer.{name}"].float())
+    fuzz(check, CUTS, st.sampled_from(sorted(good)), st.one_of(sizes, headers, JSON),
+         st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 200)),
+         st.sampled_from(["bytes", "header", "size"]), share=0.25)

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script
 
 import data  # noqa: E402
-from plumbing import formats  # noqa: E402
+from plumbing import flags, formats  # noqa: E402
 
 CLOSE = 0.1  # normalised edit distance below which the two responses are nearly the same text
 
@@ -30,7 +31,8 @@ class Findings:
     """What one pass over the files collects."""
 
     def __init__(self):
-        self.records, self.malformed, self.example = 0, [], None
+        self.records, self.malformed, self.example = 0, [], None  # malformed: (file:line, what)
+        self.notes, self.ignored = [], Counter()  # what was not read: files, {key: records}
         self.forms = defaultdict(Counter)  # {file: {form: records}}
         self.lines = defaultdict(list)  # {finding: [file:line]}
         self.prompts = set()  # digests
@@ -41,18 +43,19 @@ class Findings:
 def examine(paths, tokenizer, block_size):
     """Read every record of the files -> Findings."""
     found, seen, seen_cut = Findings(), set(), set()
-    for path in formats.list_files(paths):
+    for path in formats.list_files(paths, found.notes):
         for where, record in formats.read_records(path):
             found.records += 1
             try:
                 form, prompt, *sides = formats.parse_record(record)
                 found.forms[path][form] += 1
+                found.ignored.update(formats.unread_keys(form, record))
                 pair = data.encode_pair(tokenizer, prompt, *sides, block_size, where)
             except data.UnusablePair as e:
                 found.lines[str(e)].append(where)
                 continue
             except data.DataError as e:
-                found.malformed.append(f"{where}: {e}")
+                found.malformed.append((where, str(e)))
                 continue
             chosen, rejected = ("".join(text for text, _ in side) for side in sides)
             key, swapped = digest(prompt, chosen, rejected), digest(prompt, rejected, chosen)
@@ -64,6 +67,7 @@ def examine(paths, tokenizer, block_size):
                 "equal once cut": cut_key in seen_cut and key not in seen,
                 "one token": min(len(pair.chosen), len(pair.rejected)) == 2,
                 "repeats prompt": prompt and chosen.startswith(prompt) and rejected.startswith(prompt),
+                "eot": any(map(formats.ends_in_eot, sides)),
                 "merge": any(merges_over(tokenizer, prompt, response) for response in (chosen, rejected)),
             }
             for finding in (name for name, true in checks.items() if true):
@@ -83,7 +87,8 @@ def examine(paths, tokenizer, block_size):
                 found.scores[0].append(pair.chosen_scores)
                 found.scores[1].append(pair.rejected_scores)
     if found.malformed and not found.forms:
-        raise data.DataError(f"{found.malformed[0]} (and none of the {found.records} records is a pair)")
+        where, what = found.malformed[0]
+        raise data.DataError(f"{where}: {what} (and none of the {found.records} records is a pair)")
     if not found.records:
         raise data.DataError(f"{' '.join(map(str, paths))}: no records")
     return found
@@ -157,17 +162,21 @@ def report(found, tokenizer, block_size):
     """Findings -> lines of text."""
     for path, forms in found.forms.items():
         for form, n in forms.items():
-            yield f"{path}: {n} records, {form} ({formats.FORMS[form]})"
+            yield f"{path}: {n} records, {form} ({formats.FORMS[form].rule})"
+    yield from found.notes
+    if found.ignored:
+        yield f"ignored keys: {formats.counted(found.ignored)}"
     if found.malformed:
         yield f"\n{len(found.malformed)} malformed records: training refuses to start until they are mended"
-        yield from ("  " + line for line in found.malformed[:10])
+        yield from ("  " + line for line in formats.listed(found.malformed))
     n = len(found.lengths)
     if n:
         yield f"\nOne pair as the model reads it ({found.example.where}); a token in [ ] is scored"
         yield from ("  " + line for line in render(found.example, tokenizer))
 
     yield f"\nPairs: {n} of {found.records} can be used; they have {len(found.prompts)} different prompts"
-    known = ("cut", "duplicate", "contradiction", "equal once cut", "one token", "repeats prompt", "merge")
+    known = ("cut", "duplicate", "contradiction", "equal once cut", "one token", "repeats prompt", "eot",
+             "merge")
     for reason in sorted(found.lines.keys() - set(known)):
         yield finding(found, reason, f"dropped: {reason}")
     if not n:
@@ -179,6 +188,7 @@ def report(found, tokenizer, block_size):
     yield finding(found, "contradiction", "an earlier pair with chosen and rejected exchanged")
     yield finding(found, "one token", "response of one token (before end-of-text)")
     yield finding(found, "repeats prompt", "both responses repeat the prompt: is it meant to be scored?")
+    yield finding(found, "eot", "response that ends in the text <|endoftext|>: it is added here, remove it")
 
     P, C, R = np.array(found.lengths).T
     yield "\nLength in tokens               min     10%     50%     90%     max   (end-of-text counted)"
@@ -246,6 +256,13 @@ def report_segments(found):
                    f"{len(np.unique(values)):8d}{note}")
 
 
+def train_command(found, options):
+    """The command that trains on these files as they were examined."""
+    loss = "2d-dpo" if len(found.scores[0]) == len(found.lengths) else "dpo"
+    return shlex.join(["python", "train.py", "--loss", loss, "--data", *options.files, "--tokenizer",
+                       options.tokenizer, "--block_size", str(options.block_size)])
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The other two outputs
 
@@ -282,6 +299,8 @@ def segment_lines(paths):
         for where, record in formats.read_records(path):
             try:
                 _, prompt, *sides = formats.parse_record(record)
+            except data.UnusablePair:
+                continue
             except data.DataError as e:
                 raise data.DataError(f"{where}: {e}") from None
             out = {"prompt": prompt}
@@ -297,7 +316,8 @@ def main(arguments=None):
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help=".jsonl, .jsonl.gz or .json files, or folders of them")
     add("--tokenizer", default="gpt2", help="gpt2, bytes, FILE.tiktoken or FOLDER (default: gpt2)")
-    add("--block_size", type=int, default=1024, help="longest prompt + response in tokens (default: 1024)")
+    add("--block_size", type=int, default=flags.DEFAULTS["block_size"],
+        help="longest prompt + response in tokens (default: %(default)s, as in train.py)")
     add("--plot", metavar="FILE.png", help="also draw histograms of lengths and edit distances")
     add("--segment", action="store_true", help="no report: write the pairs to standard output, each response "
         "split into segments with empty scores, to be filled in")
@@ -317,6 +337,8 @@ def main(arguments=None):
         if options.plot and found.lengths:
             plot(found, options.plot)
             print(f"\nhistograms: {options.plot}")
+        if found.lengths and not found.malformed:
+            print(f"\nTo train on this:\n  {train_command(found, options)}")
         return 2 if found.malformed else 0
     except data.DataError as e:
         print(f"doctor: {e}", file=sys.stderr)
