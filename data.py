@@ -247,11 +247,12 @@ def hold_out(pairs, fraction=0.1, at_most=256):
     room = max(1, min(int(fraction * len(pairs)), at_most))
     for columns in ([0, 1], [1, 3]):  # the prompt; the responses
         key_of = [hashlib.sha256(pairs.ids[a:b]).digest() for a, b in edges[:, columns]]
-        counts, held = Counter(key_of), set()
-        for key in sorted(counts)[:-1]:
-            if sum(counts[k] for k in held) + counts[key] <= room:
+        counts, held, left = Counter(key_of), set(), room
+        for key in sorted(counts):
+            if counts[key] <= left:
                 held.add(key)
-        if held:
+                left -= counts[key]
+        if 0 < len(held) < len(counts):
             is_held = np.array([key in held for key in key_of])
             return pairs.select(np.flatnonzero(~is_held)), pairs.select(np.flatnonzero(is_held))
     raise DataError(f"{pairs.where[0]}: no group of pairs is small enough to hold out; pass --val_data")
@@ -412,9 +413,9 @@ def pair_terms(batch, pairs, logps, ref_logps, kl, aspect_weights=None):
             sums = segment_sum(values, place, math.prod(shape)).view(shape)
             terms[name.format("chosen")], terms[name.format("rejected")] = sums.unbind(1)
     if A:
-        weights = torch.full((A,), 1 / A) if aspect_weights is None else torch.as_tensor(aspect_weights)
+        weights = torch.tensor([1 / A] * A if aspect_weights is None else aspect_weights, dtype=torch.float64)
         scores = batch.scores[pairs].to(logps.dtype)  # (B, 2, S, A)
-        rewards = segment_rewards(scores, weights.to(scores))  # (B, 2, S)
+        rewards = segment_rewards(scores, weights.to(scores.dtype).to(scores.device))  # (B, 2, S)
         terms["chosen_rewards"], terms["rejected_rewards"] = rewards.unbind(1)
         terms["chosen_mask"], terms["rejected_mask"] = batch.segment_mask[pairs].unbind(1)
     terms["chosen_length"], terms["rejected_length"] = batch.length[pairs].unbind(1)
