@@ -3,7 +3,8 @@
     python golden/check.py THEIRS.safetensors
 
 THEIRS holds any of the result tensors under their golden names (golden/README.md). One line for each tensor,
-then the verdict. Exit status: 0 all equal, 1 something is off, 2 the file cannot be compared.
+then the verdict; where a loss is right and its gradient does not reach all parameters of the golden model, it
+names those. Exit status: 0 all equal, 1 something is off, 2 the file cannot be compared.
 """
 
 import argparse
@@ -42,10 +43,10 @@ def inputs(regime):
 
 
 @functools.cache
-def variant(mistake, dtype, regime, logit_gradients):
-    """Every result of one regime with one known mistake in it, by name. Arguments are names."""
+def variant(mistake, dtype, regime, gradients):
+    """Every result of one regime with one known mistake in it, by name. The first three are names."""
     with mistakes.BY_NAME[mistake].applied():
-        return pipeline.results(inputs(regime), getattr(torch, dtype), logit_gradients)
+        return pipeline.results(inputs(regime), getattr(torch, dtype), gradients)
 
 
 def dtype_name(tensor):
@@ -114,10 +115,30 @@ def report(name, theirs):
             f"yours {theirs[at].item():.10g}, golden {ours[at].item():.10g}")
 
 
-def gives(mistake, name, theirs, logit_gradients):
+def gives(mistake, name, theirs, gradients):
     """Whether the known mistake leads to this tensor."""
     dtype, regime, result = name.split("/", 2)
-    return equal(name, theirs, variant(mistake, dtype, regime, logit_gradients)[result])
+    return equal(name, theirs, variant(mistake, dtype, regime, gradients)[result])
+
+
+def loss_and_what(name):
+    """float64/gpt/dpo/grad/ln_f.bias -> ("dpo", "grad/ln_f.bias"), float64/gpt/chosen_logps -> ("", ...)."""
+    _, _, *loss, what = name.replace("/grad/", "/grad ").split("/")
+    return loss[0] if loss else "", what
+
+
+def unreached(theirs, fine):
+    """Parameters that the gradient of a right loss does not reach: 0, or absent where others are sent.
+
+    Returns a dict, "float64/gpt/dpo" -> names of parameters.
+    """
+    found = {}
+    for start in {name.split("/grad/")[0] for name in theirs if "/grad/" in name}:
+        if f"{start}/loss" in fine:
+            dead = [name.split("/grad/")[1] for name in golden() if name.startswith(f"{start}/grad/")
+                    and not (name in theirs and theirs[name].any())]
+            found |= {start: dead} if dead else {}
+    return found
 
 
 def explanations(off, fine):
@@ -125,7 +146,7 @@ def explanations(off, fine):
 
     Args: off and fine, name -> tensor, the port's wrong and right results. Returns a list of mistakes.
     """
-    grads = any(name.endswith("_logits") for name in [*off, *fine])
+    grads = any(name.endswith("_logits") or "/grad/" in name for name in [*off, *fine])
     found = [m for m in mistakes.MISTAKES if all(gives(m.name, name, t, grads) for name, t in off.items())]
     return [m for m in found if all(gives(m.name, name, t, grads) for name, t in fine.items())] or found
 
@@ -134,7 +155,7 @@ def subject(names):
     """What is wrong, in words with a verb: "dpop value equals", "tdpo2 gradient, chosen_seq_kl equal"."""
     words = {}                                                   # a dict keeps the order
     for name in names:
-        loss, _, what = name.split("/", 2)[2].rpartition("/")
+        loss, what = loss_and_what(name)
         values = any(n.endswith(f"/{loss}/loss") for n in names)
         if loss and what == "loss":
             words[f"{loss} value"] = True
@@ -152,8 +173,7 @@ def verdict(off, fine):
     found = explanations(off, fine)
     groups = {}
     for name, tensor in off.items():
-        loss = name.split("/", 2)[2].rpartition("/")[0]
-        groups.setdefault(loss, {})[name] = tensor
+        groups.setdefault(loss_and_what(name)[0], {})[name] = tensor
     if found or len(groups) == 1:
         groups = {"": off}
     named = {}                                                   # names of mistakes -> the tensors they give
@@ -190,9 +210,14 @@ def main(argv=None):
     missing = sum(name.split("/")[0] in dtypes and name not in theirs for name in golden())
     print(f"{len(theirs)} compared: {len(fine)} ok, {len(off)} off; "
           f"{missing} other {'/'.join(sorted(dtypes))} results are not in the file")
+    dead = unreached(theirs, fine)
+    for start, parameters in sorted(dead.items()):
+        print(f"your {start.split('/')[2]} loss is right and its gradient does not reach these parameters: "
+              f"{', '.join(parameters)}")
+    off = {name: tensor for name, tensor in off.items() if name.split("/grad/")[0] not in dead}
     if off:
         print("\n".join(verdict(off, fine)))
-    return 1 if off else 0
+    return 1 if off or dead else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 The inputs come from SHAKE-256 of a name, not from a random generator, so that they are the same in every
 version of every library. Logits are multiples of 1/1024, exact in float32 and float64. Results are computed
 in float64 by losses.py; the float32 ones are these, rounded once: the right answer, not one machine's.
+One regime has the parameters of a tiny GPT in the place of logits: its results end in the gradients of each
+parameter, where a loss that is right and trains nothing shows.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
 from golden import pipeline
+from model import GPT, GPTConfig
 
 HERE = Path(__file__).resolve().parent
 FORMAT = 1
@@ -28,12 +31,14 @@ END_OF_TEXT = 0                                                  # also what pad
 VOCAB = 7
 ASPECT_MAX = (4, 4, 2)                                           # raw scores are integers, 0 ... maximum
 ASPECT_WEIGHTS = (0.5, 0.25, 0.25)                               # W: sums to 1, exact in binary
-UNIT = 1024                                                      # logits are multiples of 1 / UNIT
+UNIT = 1024                                                      # logits, parameters: multiples of 1 / UNIT
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-2}
 
 # pairs: (prompt tokens, chosen segment lengths, rejected segment lengths); end-of-text is in the last one.
 # chosen, rejected, noise: the policy's logits minus the reference's, in 1/1024: added to the labels of that
 # response, and at most this much on any logit. ties: scores are 0 or the maximum. pad: unused columns.
+# scores: raw scores in the place of drawn ones, a word for each segment, a digit for each aspect.
+# gpt: no logits, but the parameters of two GPTs; the policy's are at most this far from the reference's.
 REGIMES = {
     "healthy": dict(
         about="chosen above the reference, rejected below; some tokens of the chosen one below it",
@@ -64,7 +69,17 @@ REGIMES = {
     "empty-prompt": dict(
         about="an empty prompt, which is one end-of-text: the first response token is predicted from it",
         pairs=[(0, (2, 2), (2, 1)), (0, (1, 2), (2, 3))], chosen=-400, rejected=200),
+    "fifths": dict(
+        about="five aspects of 0 to 4, W uniform: equal rewards whose sums differ by rounding are ties",
+        pairs=[(2, (1, 2, 1, 2, 1), (2, 1, 1, 2)), (1, (1, 2, 2), (2, 2))], chosen=-300, rejected=-500,
+        aspect_max=(4,) * 5, aspect_weights=(0.2,) * 5,          # floats have 03222 < 00333 and 03022 < 00034
+        scores=[("03222 00333 00034 03022 10000", "00333 03222 03022 00034"),
+                ("44444 03222 00333", "00034 03022")]),
+    "gpt": dict(
+        about="a GPT of two layers: d loss / d parameter, where a gradient that never arrives shows",
+        pairs=[(3, (2, 2), (3, 2)), (2, (3, 2), (2, 2, 2))], gpt=200),
 }
+GPT_SIZE = dict(vocab_size=VOCAB, block_size=12, n_layer=2, n_head=pipeline.N_HEAD, n_embd=8)
 
 RESULTS = {                                                      # name: (shape, meaning)
     "{side}_token_logps": ("B,T", "log pi(token t | the tokens before it), 0 where response_mask is False"),
@@ -81,17 +96,20 @@ RESULTS = {                                                      # name: (shape,
     "LOSS/{side}_reward": ("B", "beta log pi(y|x)/pi_ref(y|x); dpo, dpop, tdpo1, tdpo2"),
     "LOSS/grad_{side}_logps": ("B; 2d: B,S", "d loss / d logps, the KLs held fixed; 2d: / d segment_logps"),
     "LOSS/grad_{side}_seq_kl": ("B", "d loss / d D_SeqKL; tdpo1, tdpo2"),
-    "LOSS/grad_{side}_logits": ("B,T,V", "d loss / d logits, through everything"),
+    "LOSS/grad_{side}_logits": ("B,T,V", "d loss / d logits, through everything; not in regime gpt"),
+    "LOSS/grad/PARAMETER": ("its own", "d loss.sum() / d parameter of the policy; regime gpt"),
 }
 INPUTS = {
     "{side}_ids": ("B,T", "int64: prompt, response, padding; end-of-text closes a response and is scored"),
     "{side}_response_mask": ("B,T", "bool: True on the response tokens, end-of-text included"),
     "{side}_segments": ("B,T", "int64: the segment of each response token, -1 elsewhere"),
     "{side}_scores": ("B,S,A", "float32, raw; absent segments hold the maximum and must have no effect"),
-    "{side}_logits": ("B,T,V", "float32, multiples of 1/1024: column t predicts token t + 1"),
+    "{side}_logits": ("B,T,V", "float32, multiples of 1/1024: column t predicts token t + 1; not in gpt"),
     "ref_{side}_logits": ("B,T,V", "the same of the reference"),
     "aspect_max": ("A", "float32: divide the scores by it"),
-    "aspect_weights": ("A", "float32: W"),
+    "aspect_weights": ("A", "float64: W"),
+    "policy/PARAMETER": ("its own", "float32, multiples of 1/1024, matrices (out, in); regime gpt"),
+    "reference/PARAMETER": ("its own", "the same of the reference"),
 }
 
 
@@ -145,18 +163,34 @@ def make_rows(name, pair, regime):
              [policy_logits(ids[:t + 1]) for t in range(len(ids))]) for ids, segments in rows]
 
 
+def make_parameters(name, distance):
+    """The parameters of both GPTs of a regime, by name: input names, float32."""
+    inputs = {}
+    with torch.device("meta"):                                   # names and shapes
+        gpt = GPT(GPTConfig(**GPT_SIZE))
+    for parameter, x in gpt.named_parameters():
+        start = UNIT if "ln_" in parameter and parameter.endswith("weight") else 0
+        ref = start + integers(f"{name}/{parameter}", x.numel(), -UNIT // 2, UNIT // 2)
+        policy = ref + integers(f"{name}/{parameter}/policy", x.numel(), -distance, distance)
+        for which, values in (("policy", policy), ("reference", ref)):
+            inputs[f"{which}/{parameter}"] = torch.tensor(values / UNIT, dtype=torch.float32).view(x.shape)
+    return inputs
+
+
 def make_inputs(name):
     """The input tensors of a regime, by name (INPUTS above)."""
     regime = REGIMES[name]
+    tops = regime.get("aspect_max", ASPECT_MAX)
     pairs = [make_rows(name, pair, regime) for pair in range(len(regime["pairs"]))]
     B, T = len(pairs), max(len(row[0]) for pair in pairs for row in pair) + regime.get("pad", 1)
-    inputs = {"aspect_max": torch.tensor(ASPECT_MAX, dtype=torch.float32),
-              "aspect_weights": torch.tensor(ASPECT_WEIGHTS, dtype=torch.float32)}
+    weights = regime.get("aspect_weights", ASPECT_WEIGHTS)
+    inputs = {"aspect_max": torch.tensor(tops, dtype=torch.float32),
+              "aspect_weights": torch.tensor(weights, dtype=torch.float64)}
     for side, which in zip(pipeline.SIDES, (0, 1), strict=True):
         S = max(len(p[1 + which]) for p in regime["pairs"])
         ids = np.full((B, T), END_OF_TEXT)
         segments = np.full((B, T), -1)
-        scores = np.tile(np.array(ASPECT_MAX), (B, S, 1))        # (B, S, A)
+        scores = np.tile(np.array(tops), (B, S, 1))              # (B, S, A)
         logits = {ref: integers(f"{name}/{side}/{ref}padding", B * T * VOCAB, -UNIT, UNIT)
                   .reshape(B, T, VOCAB) for ref in ("", "ref_")}
         for b, pair in enumerate(pairs):
@@ -164,17 +198,21 @@ def make_inputs(name):
             n = len(row_ids)
             ids[b, :n], segments[b, :n] = row_ids, row_segments
             logits["ref_"][b, :n], logits[""][b, :n] = row_ref, row_policy
-            for a, top in enumerate(ASPECT_MAX):
-                count = len(regime["pairs"][b][1 + which])
+            count = len(regime["pairs"][b][1 + which])
+            if "scores" in regime:
+                scores[b, :count] = [[*map(int, word)] for word in regime["scores"][b][which].split()]
+                continue
+            for a, top in enumerate(tops):
                 drawn = integers(f"{name}/{b}/{side}/scores/{a}", count, 0, 1 if regime.get("ties") else top)
                 scores[b, :count, a] = drawn * (top if regime.get("ties") else 1)
         inputs[f"{side}_ids"] = torch.tensor(ids)
         inputs[f"{side}_segments"] = torch.tensor(segments)
         inputs[f"{side}_response_mask"] = torch.tensor(segments >= 0)
         inputs[f"{side}_scores"] = torch.tensor(scores, dtype=torch.float32)
-        for ref in ("", "ref_"):
-            inputs[f"{ref}{side}_logits"] = torch.tensor(logits[ref] / UNIT, dtype=torch.float32)
-    return inputs
+        if "gpt" not in regime:
+            inputs |= {f"{ref}{side}_logits": torch.tensor(logits[ref] / UNIT, dtype=torch.float32)
+                       for ref in ("", "ref_")}
+    return inputs | make_parameters(name, regime["gpt"]) if "gpt" in regime else inputs
 
 
 def make_vectors():
@@ -194,9 +232,9 @@ def make_description(vectors):
     """The JSON beside the tensors: what they mean, with which hyper-parameters, at which tolerance."""
     sizes = {}
     for regime in REGIMES:
-        B, T, V = vectors[f"input/{regime}/chosen_logits"].shape
-        S_w, S_l = (vectors[f"input/{regime}/{side}_scores"].shape[1] for side in pipeline.SIDES)
-        sizes[regime] = {"about": REGIMES[regime]["about"], "B": B, "T": T, "V": V, "A": len(ASPECT_MAX),
+        B, T = vectors[f"input/{regime}/chosen_ids"].shape
+        (S_w, A), (S_l, _) = (vectors[f"input/{regime}/{side}_scores"].shape[1:] for side in pipeline.SIDES)
+        sizes[regime] = {"about": REGIMES[regime]["about"], "B": B, "T": T, "V": VOCAB, "A": A,
                          "S_chosen": S_w, "S_rejected": S_l, "K": min(S_w, S_l)}
     return {
         "format": FORMAT,
@@ -207,12 +245,14 @@ def make_description(vectors):
             "logits at column t predict token t + 1; everything else is aligned with the tokens",
             "log-probabilities are sums in nats, never means; end-of-text is scored and in the last segment",
             "segments are half-open; K = min(S_chosen, S_rejected), N the same of the segments the pair has",
-            "the k-th best chosen segment meets the k-th worst rejected one, ties in the order of the text",
+            "the k-th best chosen segment meets the k-th worst rejected one, ties in the order of the text; "
+            "rewards that agree to 1e-5 are ties",
             "gradients are those of the sum over the pairs; reference and rewards are constants",
         ],
         "end_of_text": END_OF_TEXT,
         "tolerance": {"rule": "|yours - golden| <= tolerance * max(1, |golden|)", **TOLERANCE},
-        "losses": {name: knobs for name, (_, knobs) in pipeline.LOSSES.items()},
+        "losses": pipeline.HYPER,
+        "gpt": GPT_SIZE,
         "regimes": sizes,
         "inputs": {name: {"shape": shape, "meaning": text} for name, (shape, text) in INPUTS.items()},
         "results": {name: {"shape": shape, "meaning": text} for name, (shape, text) in RESULTS.items()},

@@ -6,6 +6,7 @@ golden/check.py runs the golden inputs through each of them to say which one a p
 A mistake is a set of replacements, "module.attribute" -> function. Those in losses.* are seen by every test
 that calls losses.py; those in golden.pipeline.* happen around the losses, in the handling of a batch.
 A replacement calls the right function through `right` (losses.py) or `stage` (the pipeline), frozen here.
+Letters of the short functions: w and l chosen and rejected, c their log-ratios, k their KLs, r their rewards.
 """
 
 import importlib
@@ -23,16 +24,20 @@ from golden import pipeline
 right = SimpleNamespace(**vars(losses))
 stage = SimpleNamespace(**vars(pipeline))
 
+NOTEBOOK = "rasbt/LLMs-from-scratch, ch07 DPO notebook"
+X_TRANSFORMERS = "lucidrains/x-transformers, x_transformers/dpo.py"
+TDPO_AUTHORS = "Vance0124/Token-level-Direct-Preference-Optimization"
+MLX = "Goekdeniz-Guelmez/mlx-lm-lora, dpo_trainer.py, and its copies"
+
 
 @dataclass(frozen=True)
 class Mistake:
     """One wrong variant and the words for it.
 
-    name: in kebab case. affects: the losses or quantities it changes. says: what follows "your ... equals".
-    patches: "module.attribute" -> replacement. seen: where it was published; "ports": no place on record.
+    name: in kebab case. says: what follows "your ... equals". patches: "module.attribute" -> replacement.
+    seen: where it was published; "ports": no place on record.
     """
     name: str
-    affects: str
     says: str
     patches: dict = field(repr=False)
     seen: str = "ports"
@@ -53,65 +58,22 @@ class Mistake:
                 setattr(module, attribute, original)
 
 
-PAIR_LOSSES = ("dpo_loss", "dpop_loss", "tdpo1_loss", "tdpo2_loss", "dpo2d_vanilla_loss", "dpo2d_loss")
+def around(**replacements):
+    """Patches of golden.pipeline."""
+    return {f"golden.pipeline.{name}": function for name, function in replacements.items()}
 
 
-def every_pair_loss(change):
-    """Patches for all losses of two responses; change(loss, args, knobs) makes the wrong one of the right."""
-    def patch(name):
-        loss = getattr(right, name)
-        return lambda *args, **knobs: change(loss, args, knobs)
-    return {f"losses.{name}": patch(name) for name in PAIR_LOSSES}
+def inside(**replacements):
+    """Patches of losses.py."""
+    return {f"losses.{name}": function for name, function in replacements.items()}
 
 
-def logsigmoid(replacement):
-    """Patches losses.py's own view of torch.nn.functional, and nobody else's."""
-    return {"losses.F": SimpleNamespace(**(vars(F) | {"logsigmoid": replacement}))}
+def sg(x):
+    return x.detach()
 
 
 def nls(h):
     return -F.logsigmoid(h)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The batch: which logits, which tokens, which segments
-
-
-def no_shift(logits):
-    return logits
-
-
-def mask_before_shift(ids, response_mask):
-    return torch.cat([torch.zeros_like(response_mask[:, :1]), response_mask[:, :-1]], dim=1)
-
-
-def prompt_too(ids, response_mask):
-    first = torch.arange(ids.shape[1]) == 0                      # nothing predicts token 0
-    return (response_mask.flip(1).cumsum(1).flip(1) > 0) & ~first  # up to the last of the response
-
-
-def padding_too(ids, response_mask):
-    return response_mask.cumsum(1) > 0                           # from the first response token on
-
-
-def without_end_of_text(ids, response_mask):
-    return response_mask & (ids != 0)                            # 0 is end-of-text, and pads
-
-
-def without_first_token(ids, response_mask):
-    return response_mask & (response_mask.cumsum(1) > 1)
-
-
-def kl_prompt_too(ids, response_mask):
-    return prompt_too(ids, response_mask)
-
-
-def label_log_ratio(ref_logits, logits, targets):
-    return right.token_logps(ref_logits, targets) - right.token_logps(logits, targets)
-
-
-def label_term(ref_logits, logits, targets):
-    return right.token_logps(ref_logits, targets).exp() * label_log_ratio(ref_logits, logits, targets)
 
 
 def mean_of_rows(values, row, rows):
@@ -119,113 +81,174 @@ def mean_of_rows(values, row, rows):
     return right.segment_sum(values, row, rows) / count.clamp(min=1)
 
 
-def segments_from_row_start(ids, segments, response_mask):
+# ---------------------------------------------------------------------------------------------------------
+# The batch: which logits, which tokens, which segments
+
+
+def one_later(x, first):
+    """Each row moved one column to the right; `first` is what enters on the left."""
+    return torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], dim=1)
+
+
+def prompt_too(ids, mask):
+    return (mask.flip(1).cumsum(1).flip(1) > 0) & (torch.arange(ids.shape[1]) > 0)  # nothing predicts token 0
+
+
+def last_prompt_token_too(ids, mask):
+    return mask | one_later(mask.flip(1), False).flip(1) & prompt_too(ids, mask)
+
+
+def padding_too(ids, mask):
+    return mask.cumsum(1) > 0                                    # from the first response token on
+
+
+def without_end_of_text(ids, mask):
+    return mask & (ids != 0)                                     # 0 is end-of-text, and pads
+
+
+def label_kl(estimate):
+    """A KL from the log-probabilities of the label alone; estimate(log q, log s)."""
+    def position_kl(ref_logits, logits, ids, where):
+        return estimate(*(right.token_logps(z[where], ids[where]) for z in (ref_logits, logits)))
+    return around(position_kl=position_kl)
+
+
+def kl_one_column_late(ref_logits, logits, ids, where):
+    after = where[0], (where[1] + 1).clamp(max=ids.shape[1] - 1)
+    return losses.token_kl(ref_logits[after], logits[after])
+
+
+def segments_from_row_start(ids, segments, mask):
     """Boundaries counted in response tokens, looked up at the column of prompt + response."""
-    start = response_mask.int().argmax(1, keepdim=True)          # (B, 1)
-    last = start + response_mask.sum(1, keepdim=True) - 1
+    start = mask.int().argmax(1, keepdim=True)                   # (B, 1)
+    last = start + mask.sum(1, keepdim=True) - 1
     column = torch.minimum(torch.arange(ids.shape[1]) + start, last)  # column t: response token t
-    return torch.where(response_mask, segments.gather(1, column), -1)
+    return torch.where(mask, segments.gather(1, column), -1)
 
 
-def boundary_in_the_segment_before(ids, segments, response_mask):
-    before = torch.cat([segments[:, :1], segments[:, :-1]], dim=1)
+def boundary_in_the_segment_before(ids, segments, mask):
+    before = one_later(segments, -1)
     return torch.where(before >= 0, before, segments)
 
 
-def end_of_text_in_no_segment(ids, segments, response_mask):
-    return torch.where(ids == 0, -1, segments)
-
-
 def boundary_counted_twice(token_logps, segments, num):
-    again = torch.cat([torch.full_like(segments[:, :1], -1), segments[:, :-1]], dim=1)
-    opens = (again != segments) & (segments >= 0)                # token n_k + l_k opens segment k + 1
-    again = torch.where(opens, again, -1)
+    before = one_later(segments, -1)
+    again = torch.where((before != segments) & (segments >= 0), before, -1)  # n_k + l_k opens k + 1
     return stage.segment_logps(token_logps, segments, num) + stage.segment_logps(token_logps, again, num)
+
+
+def min_max(scores, aspect_max, present):
+    low, high = (torch.where(present[..., None], scores, x * torch.inf) for x in (1, -1))  # (B, S, A)
+    low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+    return (scores - low) / (high - low)
 
 
 def dpop_per_token(name, q):
     if name != "dpop":
         return stage.loss_value(name, q)
-    _, knobs = pipeline.LOSSES["dpop"]
+    beta, lam = pipeline.HYPER["dpop"].values()
     penalty = F.relu(q["ref_chosen_token_logps"] - q["chosen_token_logps"]).sum(-1)  # hinge before the sum
     ratios = q["chosen_logps"] - q["ref_chosen_logps"] - (q["rejected_logps"] - q["ref_rejected_logps"])
-    return nls(knobs["beta"] * (ratios - knobs["lam"] * penalty))
+    return nls(beta * (ratios - lam * penalty))
+
+
+def reward(value):
+    """Another implicit reward: value(the right one, quantities, side, hyper-parameters, name of the loss)."""
+    def implicit_reward(name, q, side):
+        return value(stage.implicit_reward(name, q, side), q, side, pipeline.HYPER[name], name)
+    return around(implicit_reward=implicit_reward)
+
+
+def with_penalty(value, q, side, knobs, name):
+    if (name, side) != ("dpop", "chosen"):
+        return value
+    return value - knobs["beta"] * knobs["lam"] * F.relu(q["ref_chosen_logps"] - q["chosen_logps"])
 
 
 BATCH = [
-    Mistake("no-shift", "everything",
+    Mistake("no-shift",
             "logits that were not shifted: column t scored on token t, where it predicts token t + 1",
-            {"golden.pipeline.predicting_logits": no_shift},
+            around(predicting_logits=lambda logits: logits),
             "lucidrains/self-rewarding-lm-pytorch, self_rewarding_lm_pytorch/dpo.py, "
             "log_prob_from_model_and_seq"),
-    Mistake("mask-wrong-side", "everything",
+    Mistake("mask-wrong-side",
             "a mask sliced on the wrong side of the shift (mask[:, :-1] for mask[:, 1:]): the first "
             "response token is lost, the one after the response scored",
-            {"golden.pipeline.scored_tokens": mask_before_shift},
-            "lucidrains/x-transformers, x_transformers/dpo.py:30-31 (corrected since)"),
-    Mistake("prompt-scored", "sequence sums and what uses them",
+            around(scored_tokens=lambda ids, mask: one_later(mask, False)),
+            f"{X_TRANSFORMERS}:30-31 (corrected since)"),
+    Mistake("prompt-scored",
             "the prompt's tokens counted with the response's",
-            {"golden.pipeline.scored_tokens": prompt_too}),
-    Mistake("padding-scored", "sequence sums and what uses them",
-            "the padding counted with the response",
-            {"golden.pipeline.scored_tokens": padding_too}),
-    Mistake("end-of-text-not-scored", "everything",
+            around(scored_tokens=prompt_too)),
+    Mistake("last-prompt-token-scored", "the last token of the prompt counted with the response's",
+            around(scored_tokens=last_prompt_token_too)),
+    Mistake("padding-scored", "the padding counted with the response", around(scored_tokens=padding_too)),
+    Mistake("one-pad-scored", "one token after the end-of-text counted with the response",
+            around(scored_tokens=lambda ids, mask: mask | one_later(mask, False))),
+    Mistake("end-of-text-not-scored",
             "a response without its end-of-text, masked because it is also the padding id",
-            {"golden.pipeline.scored_tokens": without_end_of_text}),
-    Mistake("first-token-not-scored", "everything",
-            "a response without its first token",
-            {"golden.pipeline.scored_tokens": without_first_token}),
-    Mistake("kl-over-prompt", "tdpo1, tdpo2",
-            "a sequential KL that also runs over the prompt",
-            {"golden.pipeline.kl_tokens": kl_prompt_too}),
-    Mistake("kl-on-the-label", "tdpo1, tdpo2",
+            around(scored_tokens=without_end_of_text)),
+    Mistake("first-token-not-scored", "a response without its first token",
+            around(scored_tokens=lambda ids, mask: mask & (mask.cumsum(1) > 1))),
+    Mistake("kl-over-prompt", "a sequential KL that also runs over the prompt", around(kl_tokens=prompt_too)),
+    Mistake("kl-over-padding",
+            "a sequential KL that also runs over the padding",
+            around(kl_tokens=padding_too)),
+    Mistake("kl-without-end-of-text", "a sequential KL without the position that predicts end-of-text",
+            around(kl_tokens=without_end_of_text)),
+    Mistake("kl-one-column-late",
+            "the KL of the logits in a token's own column: the column before predicts it",
+            around(position_kl=kl_one_column_late)),
+    Mistake("kl-on-the-label",
             "the KL's term of the label token alone, q_y (log q_y - log s_y), instead of the sum over the "
             "vocabulary",
-            {"golden.pipeline.position_kl": label_term}),
-    Mistake("kl-as-label-log-ratio", "tdpo1, tdpo2",
+            label_kl(lambda q, s: q.exp() * (q - s))),
+    Mistake("kl-as-label-log-ratio",
             "log q_y - log s_y of the label token, a one-sample estimate, instead of the KL",
-            {"golden.pipeline.position_kl": label_log_ratio}),
-    Mistake("kl-mean-over-tokens", "tdpo1, tdpo2",
-            "a mean of the KL over the response: D_SeqKL is a sum",
-            {"golden.pipeline.sequence_kl": mean_of_rows}),
-    Mistake("mean-per-sequence", "everything but 2d-dpo",
-            "a mean over the response's tokens under a sum's equation",
-            {"golden.pipeline.sequence_sum": mean_of_rows},
-            "rasbt/LLMs-from-scratch, ch07 DPO notebook; lucidrains/x-transformers, x_transformers/dpo.py"),
-    Mistake("divided-by-pairs", "gradients",
+            label_kl(lambda q, s: q - s)),
+    Mistake("kl-k3",
+            "the k3 estimate on the label token, q_y/s_y - 1 - log(q_y/s_y), GRPO's, instead of the KL",
+            label_kl(lambda q, s: (q - s).exp() - 1 - (q - s))),
+    Mistake("kl-k3-forward",
+            "the k3 estimate on the label token, s_y/q_y - 1 - log(s_y/q_y), instead of the KL",
+            label_kl(lambda q, s: (s - q).exp() - 1 - (s - q))),
+    Mistake("kl-mean-over-tokens", "a mean of the KL over the response: D_SeqKL is a sum",
+            around(sequence_kl=mean_of_rows)),
+    Mistake("mean-per-sequence", "a mean over the response's tokens under a sum's equation",
+            around(sequence_sum=mean_of_rows), f"{NOTEBOOK}; {X_TRANSFORMERS}"),
+    Mistake("divided-by-pairs",
             "gradients of the mean over the pairs; the golden ones are pair by pair: backward from "
             "loss.sum()",
-            {"golden.pipeline.objective": lambda loss: loss.mean()}),
-    Mistake("dpop-hinge-per-token", "dpop",
+            around(objective=lambda loss: loss.mean())),
+    Mistake("dpop-hinge-per-token",
             "the hinge taken at every token and then summed (Eq. 3 takes it once, of the sequence)",
-            {"golden.pipeline.loss_value": dpop_per_token}),
-    Mistake("reward-includes-kl", "rewards of tdpo1, tdpo2",
+            around(loss_value=dpop_per_token)),
+    Mistake("reward-includes-kl",
             "a reward with the sequential KL in it: the implicit reward stays beta log pi/pi_ref",
-            {"golden.pipeline.implicit_reward": lambda logps, ref, kl, *, beta: beta * (logps - ref + kl)},
-            "Vance0124/Token-level-Direct-Preference-Optimization, trainers.py, tdpo_loss"),
-    Mistake("reward-without-beta", "rewards",
-            "the log-ratio itself: the implicit reward is beta times it",
-            {"golden.pipeline.implicit_reward": lambda logps, ref, kl, *, beta: logps - ref}),
-    Mistake("reward-without-reference", "rewards",
-            "beta log pi: the implicit reward is relative to the reference",
-            {"golden.pipeline.implicit_reward": lambda logps, ref, kl, *, beta: beta * logps}),
-    Mistake("2d-segments-over-prompt", "2d-dpo, 2d-dpo-vanilla",
-            "segment boundaries of the response looked up in prompt + response",
-            {"golden.pipeline.token_segments": segments_from_row_start},
-            "a third-party 2D-DPO"),
-    Mistake("2d-boundary-twice", "2d-dpo, 2d-dpo-vanilla",
-            "segments read as closed intervals: the token on a boundary counts in both",
-            {"golden.pipeline.segment_logps": boundary_counted_twice},
-            "the upper limit as printed in arXiv:2410.19720"),
-    Mistake("2d-boundary-off-by-one", "2d-dpo, 2d-dpo-vanilla",
+            reward(lambda value, q, side, knobs, name: value + knobs["beta"] * q[f"{side}_seq_kl"]),
+            f"{TDPO_AUTHORS}, trainers.py, tdpo_loss"),
+    Mistake("reward-includes-penalty",
+            "a reward with DPOP's penalty in it: the implicit reward stays beta log pi/pi_ref",
+            reward(with_penalty), "turbo-llm/turbo-alignment, turbo_alignment/trainers/dpo.py"),
+    Mistake("reward-without-beta", "the log-ratio itself: the implicit reward is beta times it",
+            reward(lambda value, q, side, knobs, name: value / knobs["beta"])),
+    Mistake("reward-without-reference", "beta log pi: the implicit reward is relative to the reference",
+            reward(lambda value, q, side, knobs, name: knobs["beta"] * q[f"{side}_logps"])),
+    Mistake("2d-segments-over-prompt", "segment boundaries of the response looked up in prompt + response",
+            around(token_segments=segments_from_row_start), "a third-party 2D-DPO"),
+    Mistake("2d-boundary-twice", "segments read as closed intervals: the token on a boundary counts in both",
+            around(segment_logps=boundary_counted_twice), "the upper limit as printed in arXiv:2410.19720"),
+    Mistake("2d-boundary-off-by-one",
             "segments that start one token late: the first token of a segment in the one before",
-            {"golden.pipeline.token_segments": boundary_in_the_segment_before}),
-    Mistake("2d-end-of-text-outside", "2d-dpo, 2d-dpo-vanilla",
-            "an end-of-text in no segment: it belongs to the last",
-            {"golden.pipeline.token_segments": end_of_text_in_no_segment}),
-    Mistake("2d-raw-scores", "2d-dpo, 2d-dpo-vanilla",
-            "scores not divided by their aspect's maximum",
-            {"golden.pipeline.normalised": lambda scores, aspect_max: scores}),
+            around(token_segments=boundary_in_the_segment_before)),
+    Mistake("2d-end-of-text-outside", "an end-of-text in no segment: it belongs to the last",
+            around(token_segments=lambda ids, segments, mask: torch.where(ids == 0, -1, segments))),
+    Mistake("2d-raw-scores", "scores not divided by their aspect's maximum",
+            around(normalised=lambda scores, aspect_max, present: scores)),
+    Mistake("2d-one-maximum", "all scores divided by one maximum: each aspect has its own",
+            around(normalised=lambda scores, aspect_max, present: scores / aspect_max.max())),
+    Mistake("2d-min-max-per-response",
+            "scores stretched to [0, 1] within each response: the maximum is that of the data",
+            around(normalised=min_max)),
 ]
 
 
@@ -233,70 +256,41 @@ BATCH = [
 # From logits to log-probabilities
 
 
-def log_of_softmax(x):
-    return x.softmax(-1).log()
-
-
-def log_of_plain_softmax(x):
-    e = x.exp()                                                  # without subtracting the maximum
-    return (e / e.sum(-1, keepdim=True)).log()
-
-
 def with_log_softmax(log_softmax):
     """Both functions of losses.py that take a log-softmax, with another one."""
+    @right.at_least_float32
     def token_logps(logits, targets):
-        log_s = log_softmax(right.at_least_float32(logits))
-        return log_s.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return log_softmax(logits).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
+    @right.at_least_float32
     def token_kl(ref_logits, logits):
-        log_q, log_s = (log_softmax(right.at_least_float32(z)) for z in (ref_logits, logits))
+        log_q, log_s = log_softmax(ref_logits), log_softmax(logits)
         return (log_q.exp() * (log_q - log_s)).sum(-1)
-    return {"losses.token_logps": token_logps, "losses.token_kl": token_kl}
-
-
-def raw_logit(logits, targets):
-    return right.at_least_float32(logits).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-
-
-def vocabulary_mean_kl(ref_logits, logits):
-    return right.token_kl(ref_logits, logits) / logits.shape[-1]
-
-
-def stopped_kl(ref_logits, logits):
-    return right.token_kl(ref_logits, logits).detach() + 0 * logits.sum(-1)
+    return inside(token_logps=token_logps, token_kl=token_kl)
 
 
 LOGPS = [
-    Mistake("log-of-softmax", "everything, at large gaps",
-            "log(softmax(x)), which underflows where log_softmax does not",
-            with_log_softmax(log_of_softmax),
-            "Vance0124/Token-level-Direct-Preference-Optimization, trainers.py, _tdpo_get_batch_logps"),
-    Mistake("softmax-overflow", "everything, at large logits",
-            "exp(x) / sum exp(x) without subtracting the maximum",
-            with_log_softmax(log_of_plain_softmax)),
-    Mistake("base-2-log", "everything",
-            "logarithms to the base 2: the unit is the nat",
-            {"losses.token_logps": lambda z, y: right.token_logps(z, y) / math.log(2),
-             "losses.token_kl": lambda q, s: right.token_kl(q, s) / math.log(2)}),
-    Mistake("logits-not-normalised", "everything but the KL",
-            "the label's logit itself, without log_softmax",
-            {"losses.token_logps": raw_logit}),
-    Mistake("probability-for-logp", "everything but the KL",
-            "probabilities where log-probabilities belong",
-            {"losses.token_logps": lambda z, y: right.token_logps(z, y).exp()}),
-    Mistake("kl-reversed", "tdpo1, tdpo2",
-            "the reverse KL(pi || pi_ref): D_SeqKL is forward, KL(pi_ref || pi)",
-            {"losses.token_kl": lambda ref_logits, logits: right.token_kl(logits, ref_logits)}),
-    Mistake("kl-mean-over-vocabulary", "tdpo1, tdpo2",
-            "a mean over the vocabulary (F.kl_div's default): the KL is a sum",
-            {"losses.token_kl": vocabulary_mean_kl}),
-    Mistake("kl-gradient-stopped", "tdpo1, tdpo2, gradients",
-            "a KL computed without gradient, as if the reference's no_grad covered it",
-            {"losses.token_kl": stopped_kl}),
-    Mistake("mean-for-sum", "everything",
-            "means over tokens, per sequence and per segment, under a sum's equation",
-            {"losses.segment_sum": mean_of_rows},
-            "rasbt/LLMs-from-scratch, ch07 DPO notebook; TRL's description of logps/chosen"),
+    Mistake("log-of-softmax", "log(softmax(x)), which underflows where log_softmax does not",
+            with_log_softmax(lambda x: x.softmax(-1).log()),
+            f"{TDPO_AUTHORS}, trainers.py, _tdpo_get_batch_logps"),
+    Mistake("softmax-overflow", "exp(x) / sum exp(x) without subtracting the maximum",
+            with_log_softmax(lambda x: (x.exp() / x.exp().sum(-1, keepdim=True)).log())),
+    Mistake("base-2-log", "logarithms to the base 2: the unit is the nat",
+            inside(token_logps=lambda z, y: right.token_logps(z, y) / math.log(2),
+                   token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / math.log(2))),
+    Mistake("logits-not-normalised", "the label's logit itself, without log_softmax",
+            inside(token_logps=lambda z, y: right.token_logps(z, y) + z.logsumexp(-1))),
+    Mistake("probability-for-logp", "probabilities where log-probabilities belong",
+            inside(token_logps=lambda z, y: right.token_logps(z, y).exp())),
+    Mistake("kl-reversed", "the reverse KL(pi || pi_ref): D_SeqKL is forward, KL(pi_ref || pi)",
+            inside(token_kl=lambda z_ref, z: right.token_kl(z, z_ref)),
+            "the KL of TIS-DPO (trainers.py, _get_batch_logps_tisdpo) put into TDPO"),
+    Mistake("kl-mean-over-vocabulary", "a mean over the vocabulary (F.kl_div's default): the KL is a sum",
+            inside(token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / z.shape[-1])),
+    Mistake("kl-gradient-stopped", "a KL computed without gradient, as if the reference's no_grad covered it",
+            inside(token_kl=lambda z_ref, z: sg(right.token_kl(z_ref, z)) + 0 * z.sum(-1))),
+    Mistake("mean-for-sum", "means over tokens, per sequence and per segment, under a sum's equation",
+            inside(segment_sum=mean_of_rows), f"{NOTEBOOK}; TRL's description of logps/chosen"),
 ]
 
 
@@ -304,207 +298,198 @@ LOGPS = [
 # Every loss of two responses
 
 
-def swap_responses(loss, args, knobs):
-    """The arguments alternate, chosen then rejected."""
-    return loss(*[args[i ^ 1] for i in range(len(args))], **knobs)
+SEQUENCE = ("dpo_loss", "dpop_loss", "tdpo1_loss", "tdpo2_loss")
+SEGMENTS = ("dpo2d_vanilla_loss", "dpo2d_loss")
 
 
-def swap_models(loss, args, knobs):
-    return loss(*args[2:4], *args[:2], *args[4:], **knobs)
+def calls(names, change):
+    """The right losses, called with other arguments: change(list of arguments, hyper-parameters)."""
+    def patch(loss):
+        def wrong(*args, **knobs):
+            args, knobs = change(list(args), knobs)
+            return loss(*args, **knobs)
+        return wrong
+    return inside(**{name: patch(getattr(right, name)) for name in names})
 
 
-def no_reference(loss, args, knobs):
-    return loss(*args[:2], torch.zeros_like(args[2]), torch.zeros_like(args[3]), *args[4:], **knobs)
+def beta(change):
+    return calls(SEQUENCE + SEGMENTS, lambda args, knobs: (args, knobs | {"beta": change(knobs["beta"])}))
 
 
-def beta_is_one(loss, args, knobs):
-    return loss(*args, **knobs | {"beta": 1.0})
+def order(names, *first):
+    """The losses with their first arguments in another order; None stands for zeros."""
+    def change(args, knobs):
+        return [0 * args[i] if k is None else args[k] for i, k in enumerate(first)] + args[len(first):], knobs
+    return calls(names, change)
 
 
-def beta_in_front(loss, args, knobs):
-    return knobs["beta"] * beta_is_one(loss, args, knobs)
+def beta_in_front(loss):
+    return lambda *args, **knobs: knobs["beta"] * loss(*args, **knobs | {"beta": 1.0})
 
 
-def beta_divides(loss, args, knobs):
-    return loss(*args, **knobs | {"beta": 1 / knobs["beta"]})
+def policy_detached(args, knobs):
+    return [sg(x) + 0 * x for x in args[:2]] + args[2:], knobs
 
 
-def no_policy_gradient(loss, args, knobs):
-    """A policy evaluated under no_grad: right value, no gradient."""
-    return loss(args[0].detach(), args[1].detach(), *args[2:], **knobs) + 0 * (args[0].sum() + args[1].sum())
+def logsigmoid(replacement):
+    """Patches losses.py's own view of torch.nn.functional, and nobody else's."""
+    return inside(F=SimpleNamespace(**(vars(F) | {"logsigmoid": replacement})))
 
 
 PAIRS = [
-    Mistake("sft-sign", "sft",
-            "log pi(y_w|x) without its minus sign",
-            {"losses.sft_loss": lambda logps: logps}),
-    Mistake("responses-swapped", "every loss of two responses",
-            "chosen and rejected swapped",
-            every_pair_loss(swap_responses)),
-    Mistake("models-swapped", "every loss of two responses",
-            "policy and reference swapped",
-            every_pair_loss(swap_models)),
-    Mistake("reference-missing", "every loss of two responses",
-            "log pi where log pi/pi_ref belongs: the reference is missing",
-            every_pair_loss(no_reference)),
-    Mistake("beta-missing", "every loss of two responses",
-            "the loss without beta (beta = 1)",
-            every_pair_loss(beta_is_one)),
-    Mistake("beta-in-front", "every loss of two responses",
-            "beta in front of the log-sigmoid: it belongs inside",
-            every_pair_loss(beta_in_front)),
-    Mistake("beta-divides", "every loss of two responses",
-            "a division by beta",
-            every_pair_loss(beta_divides)),
-    Mistake("policy-gradient-stopped", "every loss of two responses, gradients",
-            "log-probabilities of the policy that carry no gradient",
-            every_pair_loss(no_policy_gradient)),
-    Mistake("sigmoid-for-log-sigmoid", "every loss of two responses",
-            "-sigma(h): the loss is -log sigma(h)",
-            logsigmoid(torch.sigmoid)),
-    Mistake("minus-missing", "every loss of two responses",
-            "log sigma(h) without its minus sign",
-            logsigmoid(lambda h: -F.logsigmoid(h))),
-    Mistake("margin-sign", "every loss of two responses",
+    Mistake("sft-sign", "log pi(y_w|x) without its minus sign", inside(sft_loss=lambda logps: logps)),
+    Mistake("responses-swapped", "chosen and rejected swapped",
+            calls(SEQUENCE + SEGMENTS, lambda args, knobs: ([args[i ^ 1] for i in range(len(args))], knobs))),
+    Mistake("policy-responses-swapped", "chosen and rejected swapped in the policy's term alone",
+            order(SEQUENCE, 1, 0)),
+    Mistake("reference-responses-swapped", "chosen and rejected swapped in the reference's term alone",
+            order(SEQUENCE, 0, 1, 3, 2)),
+    Mistake("models-swapped", "policy and reference swapped", order(SEQUENCE + SEGMENTS, 2, 3, 0, 1)),
+    Mistake("reference-missing", "log pi where log pi/pi_ref belongs: the reference is missing",
+            order(SEQUENCE + SEGMENTS, 0, 1, None, None)),
+    Mistake("beta-missing", "the loss without beta (beta = 1)", beta(lambda b: 1.0)),
+    Mistake("beta-twice", "a margin multiplied by beta twice", beta(lambda b: b * b),
+            "AI-Hypercomputer/maxtext, dpo_utils.py, issue 1530 (DPO)"),
+    Mistake("beta-in-front", "beta in front of the log-sigmoid: it belongs inside",
+            inside(**{name: beta_in_front(getattr(right, name)) for name in SEQUENCE + SEGMENTS})),
+    Mistake("beta-divides", "a division by beta", beta(lambda b: 1 / b)),
+    Mistake("policy-gradient-stopped", "log-probabilities of the policy that carry no gradient",
+            calls(SEQUENCE + SEGMENTS, policy_detached),
+            "Goekdeniz-Guelmez/mlx-lm-lora until its pull request 25"),
+    Mistake("sigmoid-for-log-sigmoid", "-sigma(h): the loss is -log sigma(h)", logsigmoid(torch.sigmoid)),
+    Mistake("minus-missing", "log sigma(h) without its minus sign", logsigmoid(nls)),
+    Mistake("margin-sign",
             "-log sigma(-h): the whole margin with the other sign",
-            logsigmoid(lambda h: F.logsigmoid(-h))),
-    Mistake("log-of-sigmoid", "every loss of two responses, at large margins",
-            "log(sigmoid(h)), which underflows where logsigmoid does not",
+            logsigmoid(lambda h: -nls(-h))),
+    Mistake("label-smoothing", "a loss with label smoothing 0.1, 0.9 L(h) + 0.1 L(-h): the papers have none",
+            logsigmoid(lambda h: -0.9 * nls(h) - 0.1 * nls(-h))),
+    Mistake("log-of-sigmoid", "log(sigmoid(h)), which underflows where logsigmoid does not",
             logsigmoid(lambda h: torch.sigmoid(h).log())),
-    Mistake("hinge-for-log-sigmoid", "every loss of two responses",
-            "max(0, -h), the log-sigmoid's asymptote",
+    Mistake("hinge-for-log-sigmoid", "max(0, -h), the log-sigmoid's asymptote",
             logsigmoid(lambda h: -F.relu(-h))),
 ]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# DPOP. Each variant is a function of the two log-ratios: h for the log-sigmoid, and what is added outside.
+# DPOP. Each variant is a function of p: log-ratios c_w and c_l, h = beta (c_w - c_l), hinge = max(0, -c_w),
+# beta, lam, bl = beta lam, and win = log pi(y_w|x) - log pi(y_l|x).
 
 
-def dpop(h, outside=lambda rho_w, rho_l, beta, lam: 0):
-    def loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, lam):
-        ratios = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
-        return nls(h(*ratios, beta, lam)) + outside(*ratios, beta, lam)
-    return {"losses.dpop_loss": loss}
-
-
-def dpo_margin(rho_w, rho_l, beta, lam):
-    return beta * (rho_w - rho_l)
+def dpop(loss):
+    def wrong(w, l_, ref_w, ref_l, *, beta, lam):
+        c_w, c_l = w - ref_w, l_ - ref_l
+        return loss(SimpleNamespace(c_w=c_w, c_l=c_l, h=beta * (c_w - c_l), hinge=F.relu(-c_w), lam=lam,
+                                    beta=beta, bl=beta * lam, win=w - l_))
+    return inside(dpop_loss=wrong)
 
 
 DPOP = [
-    Mistake("dpop-hinge-outside-beta", "dpop",
-            "the hinge outside beta's bracket (Eq. 3 has it inside)",
-            dpop(lambda rho_w, rho_l, beta, lam: beta * (rho_w - rho_l) - lam * F.relu(-rho_w))),
-    Mistake("dpop-hinge-outside-log-sigmoid", "dpop",
-            "the hinge added outside the log-sigmoid (Eq. 3 has it inside)",
-            dpop(dpo_margin, lambda rho_w, rho_l, beta, lam: lam * F.relu(-rho_w)),
-            "a Paddle dpo_criterion.py, early version"),
-    Mistake("dpop-hinge-outside-with-beta", "dpop",
+    Mistake("dpop-hinge-outside-beta", "the hinge outside beta's bracket (Eq. 3 has it inside)",
+            dpop(lambda p: nls(p.h - p.lam * p.hinge)), "a Rust crate, type DpopConfig"),
+    Mistake("dpop-hinge-outside-log-sigmoid", "the hinge added outside the log-sigmoid (Eq. 3 has it inside)",
+            dpop(lambda p: nls(p.h) + p.lam * p.hinge),
+            f"a Paddle dpo_criterion.py, early version; {MLX}; abacusai/smaug, issue 2"),
+    Mistake("dpop-hinge-outside-times-50",
+            "50 times the hinge added outside the log-sigmoid, whatever lam is (Eq. 3 has lam inside)",
+            dpop(lambda p: nls(p.h) + 50 * p.hinge), "MLX trainers that have delta = 50 as a constant"),
+    Mistake("dpop-hinge-outside-with-beta",
             "beta times the hinge added outside the log-sigmoid (Eq. 3 has it inside)",
-            dpop(dpo_margin, lambda rho_w, rho_l, beta, lam: beta * lam * F.relu(-rho_w))),
-    Mistake("dpop-hinge-subtracted-outside", "dpop",
+            dpop(lambda p: nls(p.h) + p.bl * p.hinge)),
+    Mistake("dpop-hinge-subtracted-outside",
             "the hinge subtracted from the loss, outside the log-sigmoid: it rewards losing chosen "
             "probability",
-            dpop(dpo_margin, lambda rho_w, rho_l, beta, lam: -lam * F.relu(-rho_w)),
-            "a LLaMA2-Accessory fork, class DPOModel"),
-    Mistake("dpop-hinge-sign", "dpop",
-            "the hinge with the wrong sign: it rewards losing chosen probability",
-            dpop(lambda rho_w, rho_l, beta, lam: beta * (rho_w - rho_l + lam * F.relu(-rho_w)))),
-    Mistake("dpop-hinge-on-gain", "dpop",
+            dpop(lambda p: nls(p.h) - p.lam * p.hinge),
+            "hiyouga/LLaMA-Factory, issue 2587; a LLaMA2-Accessory fork, class DPOModel"),
+    Mistake("dpop-ratio-hinge-outside",
+            "lam max(0, 1 - pi/pi_ref) added outside the log-sigmoid: the hinge is on the log-ratio, inside",
+            dpop(lambda p: nls(p.h) + p.lam * F.relu(1 - p.c_w.exp()))),
+    Mistake("dpop-hinge-sign", "the hinge with the wrong sign: it rewards losing chosen probability",
+            dpop(lambda p: nls(p.h + p.bl * p.hinge))),
+    Mistake("dpop-hinge-on-gain",
             "the hinge max(0, log pi/pi_ref), turned round: it punishes gaining chosen probability",
-            dpop(lambda rho_w, rho_l, beta, lam: beta * (rho_w - rho_l - lam * F.relu(rho_w)))),
-    Mistake("dpop-hinge-on-rejected", "dpop",
-            "the hinge on the rejected response (Eq. 3 has it on the chosen one)",
-            dpop(lambda rho_w, rho_l, beta, lam: beta * (rho_w - rho_l - lam * F.relu(-rho_l)))),
-    Mistake("dpop-hinge-missing", "dpop",
-            "DPO: lam is not read",
-            dpop(dpo_margin)),
-    Mistake("dpop-no-hinge", "dpop",
-            "lam log pi_ref/pi without max(0, .): it acts above the reference too",
-            dpop(lambda rho_w, rho_l, beta, lam: beta * (rho_w - rho_l + lam * rho_w))),
-    Mistake("dpop-clamp-at-zero", "dpop, gradient at the reference",
+            dpop(lambda p: nls(p.h - p.bl * F.relu(p.c_w)))),
+    Mistake("dpop-hinge-on-rejected", "the hinge on the rejected response (Eq. 3 has it on the chosen one)",
+            dpop(lambda p: nls(p.h - p.bl * F.relu(-p.c_l)))),
+    Mistake("dpop-hinge-on-the-pair",
+            "the hinge max(0, log pi(y_l) - log pi(y_w)): Eq. 3 compares the policy with the reference",
+            dpop(lambda p: nls(p.h - p.bl * F.relu(-p.win))),
+            "a LLaMA-Factory fork with a loss for puns, dpop_loss"),
+    Mistake("dpop-hinge-on-the-pair-outside",
+            "lam max(0, log pi(y_l) - log pi(y_w)) added outside the log-sigmoid",
+            dpop(lambda p: nls(p.h) + p.lam * F.relu(-p.win))),
+    Mistake("dpop-hinge-missing", "DPO: lam is not read", dpop(lambda p: nls(p.h))),
+    Mistake("dpop-no-hinge", "lam log pi_ref/pi without max(0, .): it acts above the reference too",
+            dpop(lambda p: nls(p.h + p.bl * p.c_w))),
+    Mistake("dpop-clamp-at-zero",
             "clamp(min=0), whose derivative at 0 is 1: the first step is then not DPO's (relu takes 0)",
-            dpop(lambda rho_w, rho_l, beta, lam: beta * (rho_w - rho_l - lam * (-rho_w).clamp(min=0)))),
-    Mistake("dpop-hinge-detached", "dpop, gradient",
-            "a hinge that carries no gradient",
-            dpop(lambda rho_w, rho_l, beta, lam: beta * (rho_w - rho_l - lam * F.relu(-rho_w).detach()))),
+            dpop(lambda p: nls(p.h - p.bl * (-p.c_w).clamp(min=0))), "Cerebras/modelzoo, losses/DPOLoss.py"),
+    Mistake("dpop-maximum-at-zero",
+            "maximum(0, x), whose derivative at 0 is 1/2: the first step is then not DPO's (relu takes 0)",
+            dpop(lambda p: nls(p.h - p.bl * torch.maximum(-p.c_w, torch.zeros_like(p.c_w))))),
+    Mistake("dpop-hinge-detached", "a hinge that carries no gradient",
+            dpop(lambda p: nls(p.h - p.bl * sg(p.hinge)))),
 ]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# TDPO. Each variant is a function of u and of beta times the two sequential KLs.
+# TDPO. Each variant gives the margin from u, beta times the two KLs, alpha and beta.
 
 
-def tdpo1(h):
-    def loss(c, r, ref_c, ref_r, seq_kl_w, seq_kl_l, *, beta):
-        return nls(h(beta * (c - ref_c) - beta * (r - ref_r), beta * seq_kl_w, beta * seq_kl_l, beta))
-    return {"losses.tdpo1_loss": loss}
+def tdpo1(margin):
+    def wrong(w, l_, ref_w, ref_l, seq_kl_w, seq_kl_l, *, beta):
+        u, a = beta * (w - ref_w) - beta * (l_ - ref_l), pipeline.HYPER["tdpo2"]["alpha"]
+        return nls(margin(u, beta * seq_kl_w, beta * seq_kl_l, a, beta))
+    return inside(tdpo1_loss=wrong)
 
 
-def tdpo2(h):
-    def loss(c, r, ref_c, ref_r, seq_kl_w, seq_kl_l, *, beta, alpha):
-        return nls(h(beta * (c - ref_c) - beta * (r - ref_r), beta * seq_kl_w, beta * seq_kl_l, beta, alpha))
-    return {"losses.tdpo2_loss": loss}
+def tdpo2(margin):
+    def wrong(w, l_, ref_w, ref_l, seq_kl_w, seq_kl_l, *, beta, alpha):
+        u = beta * (w - ref_w) - beta * (l_ - ref_l)
+        return nls(margin(u, beta * seq_kl_w, beta * seq_kl_l, alpha, beta))
+    return inside(tdpo2_loss=wrong)
 
 
-def sg(x):
-    return x.detach()
-
-
-def tdpo2_is_tdpo1(*args, beta, alpha):
-    return right.tdpo1_loss(*args, beta=beta)
-
-
-def tdpo1_is_tdpo2(*args, beta):
-    return right.tdpo2_loss(*args, beta=beta, alpha=pipeline.LOSSES["tdpo2"][1]["alpha"])
+def delta(wrong):
+    """Another delta(K_w, K_l, beta) in both forms; K_w is detached and alpha in front in TDPO2."""
+    return (tdpo1(lambda u, k_w, k_l, a, b: u - wrong(k_w, k_l, b))
+            | tdpo2(lambda u, k_w, k_l, a, b: u - a * wrong(sg(k_w), k_l, b)))
 
 
 TDPO = [
-    Mistake("tdpo-delta-sign", "tdpo1, tdpo2",
-            "u + delta: the sign of delta, or K_w and K_l, the wrong way round",
-            tdpo1(lambda u, k_w, k_l, beta: u - (k_w - k_l))
-            | tdpo2(lambda u, k_w, k_l, beta, alpha: u - alpha * (sg(k_w) - k_l))),
-    Mistake("tdpo-kl-added", "tdpo1, tdpo2",
-            "the sum of the two KLs: delta is their difference, K_l - K_w",
-            tdpo1(lambda u, k_w, k_l, beta: u - (k_l + k_w))
-            | tdpo2(lambda u, k_w, k_l, beta, alpha: u - alpha * (k_l + sg(k_w)))),
-    Mistake("tdpo-kl-without-beta", "tdpo1, tdpo2",
-            "a delta without beta: beta multiplies the KLs too",
-            tdpo1(lambda u, k_w, k_l, beta: u - (k_l - k_w) / beta)
-            | tdpo2(lambda u, k_w, k_l, beta, alpha: u - alpha * (k_l - sg(k_w)) / beta)),
-    Mistake("tdpo-kl-missing", "tdpo1, tdpo2",
-            "DPO: the KLs are not read",
-            tdpo1(lambda u, k_w, k_l, beta: u + 0 * (k_l + k_w))
-            | tdpo2(lambda u, k_w, k_l, beta, alpha: u + 0 * (k_l + k_w))),
-    Mistake("tdpo2-is-tdpo1", "tdpo2",
-            "TDPO1: the switch to TDPO2 had no effect",
-            {"losses.tdpo2_loss": tdpo2_is_tdpo1},
-            "Vance0124/Token-level-Direct-Preference-Optimization, tdpo.yaml:3 against README:57"),
-    Mistake("tdpo1-is-tdpo2", "tdpo1",
-            "TDPO2 at alpha 0.5: the switch to TDPO1 had no effect",
-            {"losses.tdpo1_loss": tdpo1_is_tdpo2}),
-    Mistake("tdpo2-stop-gradient-missing", "tdpo2, gradients",
-            "TDPO2 without its stop-gradient on the chosen KL",
-            tdpo2(lambda u, k_w, k_l, beta, alpha: u - alpha * (k_l - k_w))),
-    Mistake("tdpo2-stop-gradient-wrong-side", "tdpo2, gradients",
+    Mistake("tdpo-delta-sign", "u + delta: the sign of delta, or K_w and K_l, the wrong way round",
+            delta(lambda k_w, k_l, b: k_w - k_l)),
+    Mistake("tdpo-kl-added", "the sum of the two KLs: delta is their difference, K_l - K_w",
+            delta(lambda k_w, k_l, b: k_w + k_l)),
+    Mistake("tdpo-kl-without-beta", "a delta without beta: beta multiplies the KLs too",
+            delta(lambda k_w, k_l, b: (k_l - k_w) / b)),
+    Mistake("tdpo-kl-missing", "DPO: the KLs are not read", delta(lambda k_w, k_l, b: 0 * (k_l + k_w))),
+    Mistake("tdpo2-is-tdpo1", "TDPO1: the switch to TDPO2 had no effect",
+            tdpo2(lambda u, k_w, k_l, a, b: u - (k_l - k_w)),
+            f"{TDPO_AUTHORS}, tdpo.yaml:3 against README:57"),
+    Mistake("tdpo1-is-tdpo2", "TDPO2 at alpha 0.5: the switch to TDPO1 had no effect",
+            tdpo1(lambda u, k_w, k_l, a, b: u - a * (k_l - sg(k_w)))),
+    Mistake("tdpo1-with-alpha", "alpha (0.5) times delta: TDPO1 has no alpha",
+            tdpo1(lambda u, k_w, k_l, a, b: u - a * (k_l - k_w))),
+    Mistake("tdpo1-stop-gradient-on-chosen",
+            "a stop-gradient on the chosen KL: that is TDPO2's, TDPO1 has none",
+            tdpo1(lambda u, k_w, k_l, a, b: u - (k_l - sg(k_w)))),
+    Mistake("tdpo1-stop-gradient-on-both", "a stop-gradient on both KLs: TDPO1 has none",
+            tdpo1(lambda u, k_w, k_l, a, b: u - sg(k_l - k_w) + 0 * (k_l + k_w))),
+    Mistake("tdpo2-stop-gradient-missing", "TDPO2 without its stop-gradient on the chosen KL",
+            tdpo2(lambda u, k_w, k_l, a, b: u - a * (k_l - k_w))),
+    Mistake("tdpo2-stop-gradient-wrong-side",
             "the stop-gradient on the rejected KL: it belongs to the chosen one",
-            tdpo2(lambda u, k_w, k_l, beta, alpha: u - alpha * (sg(k_l) - k_w))),
-    Mistake("tdpo2-stop-gradient-on-both", "tdpo2, gradients",
-            "the stop-gradient on both KLs: it belongs to the chosen one only",
-            tdpo2(lambda u, k_w, k_l, beta, alpha: u - alpha * sg(k_l - k_w) + 0 * k_l)),
-    Mistake("tdpo2-alpha-on-rejected-only", "tdpo2",
-            "alpha on the rejected KL only: it multiplies both",
-            tdpo2(lambda u, k_w, k_l, beta, alpha: u - (alpha * k_l - sg(k_w)))),
-    Mistake("tdpo2-alpha-on-chosen-only", "tdpo2",
-            "alpha on the chosen KL only: it multiplies both",
-            tdpo2(lambda u, k_w, k_l, beta, alpha: u - (k_l - alpha * sg(k_w)))),
-    Mistake("tdpo2-alpha-missing", "tdpo2",
-            "TDPO2 without alpha (alpha = 1)",
-            tdpo2(lambda u, k_w, k_l, beta, alpha: u - (k_l - sg(k_w)))),
-    Mistake("tdpo2-alpha-on-everything", "tdpo2",
-            "alpha times the whole margin: it multiplies delta only",
-            tdpo2(lambda u, k_w, k_l, beta, alpha: alpha * (u - (k_l - sg(k_w))))),
+            tdpo2(lambda u, k_w, k_l, a, b: u - a * (sg(k_l) - k_w))),
+    Mistake("tdpo2-stop-gradient-on-both", "the stop-gradient on both KLs: it belongs to the chosen one only",
+            tdpo2(lambda u, k_w, k_l, a, b: u - a * sg(k_l - k_w) + 0 * k_l)),
+    Mistake("tdpo2-alpha-on-rejected-only", "alpha on the rejected KL only: it multiplies both",
+            tdpo2(lambda u, k_w, k_l, a, b: u - (a * k_l - sg(k_w)))),
+    Mistake("tdpo2-alpha-on-chosen-only", "alpha on the chosen KL only: it multiplies both",
+            tdpo2(lambda u, k_w, k_l, a, b: u - (k_l - a * sg(k_w)))),
+    Mistake("tdpo2-alpha-missing", "TDPO2 without alpha (alpha = 1)",
+            tdpo2(lambda u, k_w, k_l, a, b: u - (k_l - sg(k_w)))),
+    Mistake("tdpo2-alpha-on-everything", "alpha times the whole margin: it multiplies delta only",
+            tdpo2(lambda u, k_w, k_l, a, b: a * (u - (k_l - sg(k_w))))),
 ]
 
 
@@ -512,170 +497,159 @@ TDPO = [
 # 2D-DPO: the rewards, the sums, the selection
 
 
-def rewards_inside_out(c, r, ref_c, ref_r, r_w, r_l, m_w, m_l):
-    """The rejected rewards negated, which turns the minus inside into a plus."""
-    return c, r, ref_c, ref_r, r_w, -r_l, m_w, m_l
+def weigh(rewards):
+    return inside(segment_rewards=rewards)
 
 
-def only_vanilla(change):
-    """The right vanilla loss, called with other arguments, change(*args)."""
-    return {
-        "losses.dpo2d_vanilla_loss": lambda *args, beta: right.dpo2d_vanilla_loss(*change(*args), beta=beta)}
+def rewards(change, names=SEGMENTS):
+    """The right 2D losses with other rewards; change(r_w, r_l, mask_w, mask_l) gives both."""
+    return calls(names, lambda args, knobs: ([*args[:4], *change(*args[4:]), *args[6:]], knobs))
 
 
-def both_2d(change):
-    """Both 2D losses, called with other arguments."""
-    return only_vanilla(change) | {
-        "losses.dpo2d_loss": lambda *args, beta: right.dpo2d_loss(*change(*args), beta=beta)}
+def each(change, names=SEGMENTS):
+    """The same change of both sides' rewards, change(r, mask)."""
+    return rewards(lambda r_w, r_l, m_w, m_l: (change(r_w, m_w), change(r_l, m_l)), names)
 
 
-def no_rewards(c, r, ref_c, ref_r, r_w, r_l, m_w, m_l):
-    return c, r, ref_c, ref_r, torch.ones_like(r_w), torch.ones_like(r_l), m_w, m_l
-
-
-def swap_rewards(c, r, ref_c, ref_r, r_w, r_l, m_w, m_l):
+def swapped(r_w, r_l, m_w, m_l):
     """Each side weighted with the other side's rewards, where the other side has that segment."""
     S = min(r_w.shape[1], r_l.shape[1])
-    a, b = r_w.clone(), r_l.clone()
-    a[:, :S], b[:, :S] = r_l[:, :S], r_w[:, :S]
-    return c, r, ref_c, ref_r, a, b, m_w, m_l
+    return torch.cat([r_l[:, :S], r_w[:, S:]], 1), torch.cat([r_w[:, :S], r_l[:, S:]], 1)
 
 
-def reward_on_policy_only(c, r, ref_c, ref_r, r_w, r_l, m_w, m_l):
-    return r_w * c, r_l * r, ref_c, ref_r, torch.ones_like(r_w), torch.ones_like(r_l), m_w, m_l
+def reward_on_policy_only(args, knobs):
+    w, l_, ref_w, ref_l, r_w, r_l, *masks = args
+    return [r_w * w, r_l * l_, ref_w, ref_l, torch.ones_like(r_w), torch.ones_like(r_l), *masks], knobs
 
 
 def pair_sum(h, paired):
     return torch.where(paired, nls(h), 0.0).sum(-1)
 
 
-def group(margin=lambda a, b, beta: beta * (a - b), combine=pair_sum):
-    """Eq. 6 rebuilt with another margin of a pair of segments, or another way to combine the pairs."""
-    def loss(c, r, ref_c, ref_r, r_w, r_l, m_w, m_l, *, beta):
+def group(margin=lambda a, b: a - b, combine=pair_sum, weights=lambda r_w, r_l: (r_w, r_l)):
+    """Eq. 6 with another margin of a pair, another way to combine pairs, or other weights once selected."""
+    def loss(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta):
         i_w, i_l, paired = losses.select_segments(r_w, r_l, m_w, m_l)
-        a = torch.where(paired, ((c - ref_c) * r_w).gather(-1, i_w), 0.0)  # (B, K)
-        b = torch.where(paired, ((r - ref_r) * r_l).gather(-1, i_l), 0.0)
-        return combine(margin(a, b, beta), paired)
-    return {"losses.dpo2d_loss": loss}
+        r_w, r_l = weights(r_w, r_l)
+        a = torch.where(paired, ((w - ref_w) * r_w).gather(-1, i_w), 0.0)  # (B, K)
+        b = torch.where(paired, ((l_ - ref_l) * r_l).gather(-1, i_l), 0.0)
+        return combine(beta * margin(a, b), paired)
+    return inside(dpo2d_loss=loss)
 
 
-def selection(best=True, worst=True, stable=True, sort=True):
-    """select_segments with the sides' order turned round, ties in the reverse order, or no sorting at all."""
-    def ranked(rewards, mask, descending):
-        if not sort:
-            return torch.where(mask, 0.0, 1.0).argsort(dim=-1, stable=True)  # as they stand in the text
-        key = torch.where(mask, rewards, -torch.inf if descending else torch.inf)
-        if stable:
-            return key.argsort(dim=-1, descending=descending, stable=True)
-        return rewards.shape[1] - 1 - key.flip(1).argsort(dim=-1, descending=descending, stable=True)
+def selection(key_w=lambda r: -r, key_l=lambda r: r, reverse_ties=False, digits=5):
+    """select_segments by other sort keys, with ties in the reverse order, or rounded to other digits."""
+    def ranked(key, mask):
+        key = torch.where(mask, key if digits is None else key.round(decimals=digits), torch.inf)
+        if reverse_ties:
+            return key.shape[1] - 1 - key.flip(1).argsort(dim=-1, stable=True)
+        return key.argsort(dim=-1, stable=True)
 
     def select(r_w, r_l, m_w, m_l):
         _, _, paired = right.select_segments(r_w, r_l, m_w, m_l)
         K = paired.shape[1]
-        return ranked(r_w, m_w, best)[:, :K], ranked(r_l, m_l, not worst)[:, :K], paired
-    return {"losses.select_segments": select}
+        return ranked(key_w(r_w), m_w)[:, :K], ranked(key_l(r_l), m_l)[:, :K], paired
+    return inside(select_segments=select)
 
 
-def pairs_of_padding(r_w, r_l, m_w, m_l):
-    """Absent segments kept: N is the padded number of segments; their logratio is 0, log 2 each."""
-    i_w, i_l, paired = right.select_segments(r_w, r_l, m_w, m_l)
-    return i_w, i_l, torch.ones_like(paired)
+def selected(change):
+    """select_segments with its result changed: change(i_w, i_l, paired)."""
+    return inside(select_segments=lambda *args: change(*right.select_segments(*args)))
 
 
-def n_of_the_batch(r_w, r_l, m_w, m_l):
-    i_w, i_l, paired = right.select_segments(r_w, r_l, m_w, m_l)
+def n_of_the_batch(i_w, i_l, paired):
     return i_w, i_l, paired & (torch.arange(paired.shape[1]) < paired.sum(-1).min())
 
 
-def worst_last(r_w, r_l, m_w, m_l):
-    """The right segments, but the best chosen one against the least bad of the selected rejected ones."""
-    i_w, i_l, paired = right.select_segments(r_w, r_l, m_w, m_l)
-    n = paired.sum(-1, keepdim=True)
+def worst_last(i_w, i_l, paired):
     k = torch.arange(paired.shape[1])
-    return i_w, i_l.gather(-1, torch.where(paired, n - 1 - k, k)), paired
+    return i_w, i_l.gather(-1, torch.where(paired, paired.sum(-1, keepdim=True) - 1 - k, k)), paired
 
 
-def leftovers_alone(c, r, ref_c, ref_r, r_w, r_l, m_w, m_l, *, beta):
+def leftovers_alone(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta):
     """The segments that were not selected enter after all, each against nothing."""
-    loss = right.dpo2d_loss(c, r, ref_c, ref_r, r_w, r_l, m_w, m_l, beta=beta)
+    loss = right.dpo2d_loss(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, beta=beta)
     i_w, i_l, paired = right.select_segments(r_w, r_l, m_w, m_l)
-    for h, mask, index in ((beta * r_w * (c - ref_c), m_w, i_w), (-beta * r_l * (r - ref_r), m_l, i_l)):
+    for h, mask, index in ((beta * r_w * (w - ref_w), m_w, i_w), (-beta * r_l * (l_ - ref_l), m_l, i_l)):
         used = torch.zeros_like(mask).scatter(-1, index, paired)
         loss = loss + pair_sum(h, mask & ~used)
     return loss
 
 
-def segment_mean(c, r, ref_c, ref_r, r_w, r_l, m_w, m_l):
-    return c, r, ref_c, ref_r, r_w / m_w.sum(-1, keepdim=True), r_l / m_l.sum(-1, keepdim=True), m_w, m_l
+def all_pairs(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta):
+    a, b = r_w * (w - ref_w), r_l * (l_ - ref_l)
+    both = m_w[:, :, None] & m_l[:, None, :]                     # (B, S_w, S_l)
+    h = beta * torch.where(both, a[:, :, None] - b[:, None, :], 0.0)
+    return pair_sum(h.flatten(1), both.flatten(1))
 
 
 TWO_D = [
-    Mistake("2d-weights-one-hot", "2d-dpo, 2d-dpo-vanilla",
-            "the first aspect alone as reward: W weighs all of them",
-            {"losses.segment_rewards": lambda scores, W: scores[..., 0] * W.sum()}),
-    Mistake("2d-weights-uniform", "2d-dpo, 2d-dpo-vanilla",
-            "a plain mean over the aspects as reward: W is not read",
-            {"losses.segment_rewards": lambda scores, W: scores.mean(-1)}),
-    Mistake("2d-weights-sum", "2d-dpo, 2d-dpo-vanilla",
-            "a plain sum over the aspects as reward: W is not read",
-            {"losses.segment_rewards": lambda scores, W: scores.sum(-1)}),
-    Mistake("2d-weights-reversed", "2d-dpo, 2d-dpo-vanilla",
-            "W in the reverse order of the aspects",
-            {"losses.segment_rewards": lambda scores, W: (scores * W.flip(0)).sum(-1)}),
-    Mistake("2d-rewards-missing", "2d-dpo, 2d-dpo-vanilla",
-            "rewards that are not read (r = 1), selection included",
-            both_2d(no_rewards)),
-    Mistake("2d-rewards-swapped", "2d-dpo, 2d-dpo-vanilla",
-            "each response weighted with the other one's rewards",
-            both_2d(swap_rewards)),
-    Mistake("2d-vanilla-reward-sign", "2d-dpo-vanilla",
+    Mistake("2d-weights-one-hot", "the first aspect alone as reward: W weighs all of them",
+            weigh(lambda scores, W: scores[..., 0] * W.sum())),
+    Mistake("2d-weights-uniform", "a plain mean over the aspects as reward: W is not read",
+            weigh(lambda scores, W: scores.mean(-1))),
+    Mistake("2d-weights-sum", "a plain sum over the aspects as reward: W is not read",
+            weigh(lambda scores, W: scores.sum(-1))),
+    Mistake("2d-weights-reversed", "W in the reverse order of the aspects",
+            weigh(lambda scores, W: (scores * W.flip(0)).sum(-1))),
+    Mistake("2d-rewards-missing", "rewards that are not read (r = 1), selection included",
+            each(lambda r, m: torch.ones_like(r))),
+    Mistake("2d-rewards-swapped", "each response weighted with the other one's rewards", rewards(swapped)),
+    Mistake("2d-rewards-centred", "rewards less their mean over the response: they stay in [0, 1]",
+            each(lambda r, m: r - torch.where(m, r, 0.0).sum(-1, keepdim=True) / m.sum(-1, keepdim=True))),
+    Mistake("2d-rewards-from-minus-1", "rewards stretched to [-1, 1] (2r - 1): they stay in [0, 1]",
+            each(lambda r, m: 2 * r - 1)),
+    Mistake("2d-one-minus-r", "1 - r as the weight of rejected segments: both sides have r",
+            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_vanilla_loss",))
+            | group(weights=lambda r_w, r_l: (r_w, 1 - r_l))),
+    Mistake("2d-one-minus-r-selected",
+            "1 - r as the reward of rejected segments, so that the best are selected",
+            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_loss",))),
+    Mistake("2d-vanilla-reward-sign",
             "r_l log pi/pi_ref added inside the log-sigmoid: the equation subtracts it",
-            only_vanilla(rewards_inside_out)),
-    Mistake("2d-reward-sign", "2d-dpo",
-            "r_l log pi/pi_ref added inside the log-sigmoid: Eq. 6 subtracts it",
-            group(margin=lambda a, b, beta: beta * (a + b))),
-    Mistake("2d-vanilla-reward-on-policy-only", "2d-dpo-vanilla",
-            "rewards on log pi alone: they weigh log pi/pi_ref",
-            only_vanilla(reward_on_policy_only)),
-    Mistake("2d-vanilla-mean", "2d-dpo-vanilla",
-            "a mean over the segments: the equation sums them",
-            only_vanilla(segment_mean)),
-    Mistake("2d-vanilla-is-group", "2d-dpo-vanilla",
+            rewards(lambda r_w, r_l, m_w, m_l: (r_w, -r_l), ("dpo2d_vanilla_loss",))),
+    Mistake("2d-reward-sign", "r_l log pi/pi_ref added inside the log-sigmoid: Eq. 6 subtracts it",
+            group(margin=lambda a, b: a + b)),
+    Mistake("2d-vanilla-reward-on-policy-only", "rewards on log pi alone: they weigh log pi/pi_ref",
+            calls(("dpo2d_vanilla_loss",), reward_on_policy_only)),
+    Mistake("2d-vanilla-mean", "a mean over the segments: the equation sums them",
+            each(lambda r, m: r / m.sum(-1, keepdim=True), ("dpo2d_vanilla_loss",))),
+    Mistake("2d-vanilla-is-group",
             "Eq. 6, one log-sigmoid for each pair of segments, where the vanilla form has one for all",
-            {"losses.dpo2d_vanilla_loss": right.dpo2d_loss}),
-    Mistake("2d-group-is-vanilla", "2d-dpo",
-            "the vanilla form, one log-sigmoid for all segments",
-            {"losses.dpo2d_loss": right.dpo2d_vanilla_loss}),
-    Mistake("2d-one-log-sigmoid", "2d-dpo",
+            inside(dpo2d_vanilla_loss=right.dpo2d_loss)),
+    Mistake("2d-group-is-vanilla", "the vanilla form, one log-sigmoid for all segments",
+            inside(dpo2d_loss=right.dpo2d_vanilla_loss)),
+    Mistake("2d-one-log-sigmoid",
             "the selected segments summed inside one log-sigmoid: Eq. 6 has one for each pair",
             group(combine=lambda h, paired: nls(h.sum(-1)))),
-    Mistake("2d-one-over-n", "2d-dpo",
-            "a mean over the N pairs of segments: Eq. 6 sums, without 1/N",
+    Mistake("2d-one-over-n", "a mean over the N pairs of segments: Eq. 6 sums, without 1/N",
             group(combine=lambda h, paired: pair_sum(h, paired) / paired.sum(-1))),
-    Mistake("2d-top-n-rejected", "2d-dpo",
-            "the highest-scored rejected segments: Eq. 6 takes the lowest",
-            selection(worst=False)),
-    Mistake("2d-bottom-n-chosen", "2d-dpo",
-            "the lowest-scored chosen segments: Eq. 6 takes the highest",
-            selection(best=False)),
-    Mistake("2d-text-order", "2d-dpo",
-            "segments paired in the order of the text, without selection",
-            selection(sort=False)),
-    Mistake("2d-ties-reversed", "2d-dpo",
+    Mistake("2d-all-pairs", "every chosen segment against every rejected one: Eq. 6 has N pairs",
+            inside(dpo2d_loss=all_pairs)),
+    Mistake("2d-top-n-rejected", "the highest-scored rejected segments: Eq. 6 takes the lowest",
+            selection(key_l=lambda r: -r)),
+    Mistake("2d-bottom-n-chosen", "the lowest-scored chosen segments: Eq. 6 takes the highest",
+            selection(key_w=lambda r: r)),
+    Mistake("2d-text-order", "segments paired in the order of the text, without selection",
+            selection(torch.zeros_like, torch.zeros_like)),
+    Mistake("2d-ties-reversed",
             "equal rewards in the reverse order of the text",
-            selection(stable=False)),
-    Mistake("2d-worst-last", "2d-dpo",
+            selection(reverse_ties=True)),
+    Mistake("2d-unrounded-ties",
+            "a sort of rewards that were not rounded: equal ones differ in the last bit and leave the order "
+            "of the text",
+            selection(digits=None), "nachiketapatil/Robust-2D-DPO, 2ddpo.py, preference_loss"),
+    Mistake("2d-worst-last",
             "the best chosen segment against the least bad of the N selected: it meets the worst",
-            {"losses.select_segments": worst_last}),
-    Mistake("2d-padding-segments", "2d-dpo",
-            "absent segments counted as pairs: N is the padded number",
-            {"losses.select_segments": pairs_of_padding}),
-    Mistake("2d-n-of-batch", "2d-dpo",
+            selected(worst_last)),
+    Mistake("2d-padding-segments", "absent segments counted as pairs: N is the padded number",
+            selected(lambda i_w, i_l, paired: (i_w, i_l, torch.ones_like(paired)))),
+    Mistake("2d-n-of-batch",
             "one N for the batch: it is min(S_w, S_l) of each pair",
-            {"losses.select_segments": n_of_the_batch}),
-    Mistake("2d-unselected-leak", "2d-dpo",
+            selected(n_of_the_batch)),
+    Mistake("2d-unselected-leak",
             "segments that were not selected entering the loss alone: they have no part in it",
-            {"losses.dpo2d_loss": leftovers_alone}),
+            inside(dpo2d_loss=leftovers_alone)),
 ]
 
 MISTAKES = [*BATCH, *LOGPS, *PAIRS, *DPOP, *TDPO, *TWO_D]

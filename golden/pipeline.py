@@ -17,6 +17,7 @@ import losses
 from model import GPT, GPTConfig
 
 SIDES = ("chosen", "rejected")
+N_HEAD = 2                                                       # of the GPT in the regime that has one
 HYPER = {                                                        # the hyper-parameters of the golden results
     "sft": {}, "dpo": {"beta": 0.1}, "dpop": {"beta": 0.3, "lam": 5.0}, "tdpo1": {"beta": 0.1},
     "tdpo2": {"beta": 0.1, "alpha": 0.5}, "2d-dpo": {"beta": 0.5}, "2d-dpo-vanilla": {"beta": 0.5},
@@ -46,9 +47,9 @@ def kl_tokens(ids, response_mask):
     return scored_tokens(ids, response_mask)
 
 
-def position_kl(ref_logits, logits, targets):
-    """KL(pi_ref || pi) over the full vocabulary, whatever the target. (N, V), (N, V), (N,) -> (N,)."""
-    return losses.token_kl(ref_logits, logits)
+def position_kl(ref_logits, logits, ids, where):
+    """KL(pi_ref || pi) over the full vocabulary, whatever the token. (B, T, V) twice, (B, T) -> (N,)."""
+    return losses.token_kl(ref_logits[where], logits[where])
 
 
 def sequence_sum(values, row, rows):
@@ -87,7 +88,7 @@ def implicit_reward(name, q, side):
 
 def loss_value(name, q):
     """The loss (B,) from the quantities q of the regime: one call into losses.py."""
-    function = getattr(losses, losses.LOSSES[name].__name__)     # by its name, so that a mistake can replace it
+    function = getattr(losses, losses.LOSSES[name].__name__)     # by name: a mistake may stand there
     return function(*[q[source(name, term)] for term in TERMS[name]], **HYPER[name])
 
 
@@ -113,8 +114,9 @@ def model_of(inputs, which, dtype):
     weights = {name.removeprefix(start): x.to(dtype) for name, x in inputs.items() if name.startswith(start)}
     layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
     (vocab_size, n_embd), block_size = weights["wte.weight"].shape, len(weights["wpe.weight"])
-    gpt = GPT(GPTConfig(vocab_size, block_size, len(layers), int(inputs["n_head"]), n_embd)).to(dtype)
-    gpt.load_state_dict(weights)
+    with torch.device("meta"):                                   # draws no random numbers
+        gpt = GPT(GPTConfig(vocab_size, block_size, len(layers), N_HEAD, n_embd))
+    gpt.load_state_dict(weights, assign=True)
     return gpt
 
 
@@ -153,13 +155,13 @@ def quantities(inputs, logits, dtype):
 
         where = scored_tokens(ids, mask).nonzero(as_tuple=True)  # rows and columns, (N,) each
         segments = token_segments(ids, inputs[f"{side}_segments"], mask)
-        for ref, source in (("", z), ("ref_", z_ref)):
-            logps = losses.token_logps(source[where], ids[where])           # (N,)
+        for ref, x in (("", z), ("ref_", z_ref)):
+            logps = losses.token_logps(x[where], ids[where])                # (N,)
             q[f"{ref}{side}_token_logps"] = grid(logps, where)              # (B, T)
             q[f"{ref}{side}_logps"] = sequence_sum(logps, where[0], B)      # (B,)
             q[f"{ref}{side}_segment_logps"] = segment_logps(q[f"{ref}{side}_token_logps"], segments, S)
         at = kl_tokens(ids, mask).nonzero(as_tuple=True)
-        kl = position_kl(z_ref[at], z[at], ids[at])              # (N,)
+        kl = position_kl(z_ref, z, ids, at)                      # (N,)
         q[f"{side}_token_kl"] = grid(kl, at)                     # (B, T)
         q[f"{side}_seq_kl"] = sequence_kl(kl, at[0], B)          # (B,)
         present = (inputs[f"{side}_segments"].unsqueeze(-1) == torch.arange(S)).any(1)  # (B, S)
