@@ -3,8 +3,9 @@
 Shapes: B rows, T tokens, P cached tokens, C = n_embd channels, H heads, D = C / H, V vocabulary.
 The trunk (`forward`) and the head (`logits`) are apart, so that the head can run on response tokens only.
 
-Another architecture is tried by editing this file alone: what train.py needs is GPT.forward, logits, config,
-the embedding `wte` and the list of blocks `h`. With GPT-2's parameters it is saved in Hugging Face's layout.
+Another architecture is tried by editing this file alone: the scripts need GPT.forward, logits, generate,
+config, the embedding `wte` and the list of blocks `h`. A model with GPT-2's parameters is saved in Hugging
+Face's layout, so an edit that keeps them all (another activation, say) is read elsewhere as a plain GPT-2.
 """
 
 import math
@@ -62,7 +63,7 @@ class Attention(nn.Module):
     def forward(self, x, mask, cache):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        is_causal = mask is None and (cache is None or len(cache) == 0)  # a token after a cache sees all of it
+        is_causal = mask is None and (cache is None or len(cache) == 0)  # a token sees all of a cache
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, P+T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)

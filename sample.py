@@ -7,44 +7,56 @@ training made it likelier than under the reference (green, +) or less likely (re
 from train import Config, response_logps  # isort: skip  (first: it sets what torch reads on import)
 
 import argparse
-import json
 import os
 import shutil
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import Pair, Tokenizer, collate
+from data import DataError, Pair, Tokenizer, collate
 from model import GPT
-from plumbing import machine, vocab
+from plumbing import formats, machine, vocab
 from plumbing.errors import ConfigError
+from plumbing.files import read_bytes
 from plumbing.flags import check_vocabulary
 from plumbing.folder import read_run
-from plumbing.formats import ASSISTANT, TURN
 from plumbing.report import fail, one_line_errors
 
 
 def read_prompts(path):
-    """Prompts of a file, or of stdin for "-": lines of JSONL with a "prompt", else one prompt a line."""
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--prompts {path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
+    """Prompts of a file, or of stdin for "-": texts, or objects with a "prompt"."""
     prompts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.lstrip().startswith("{"):
+    try:
+        for where, record in read_texts(path):
             try:
-                line = json.loads(line)["prompt"]
-                line.encode()
-            except (ValueError, KeyError, AttributeError, RecursionError):
-                raise ConfigError(f'--prompts {path}:{number}: no JSON object with a "prompt"') from None
-        prompts += [line] if line.strip() else []
-    if not prompts:
-        raise ConfigError(f"--prompts {path}: holds no prompt")
+                prompt = record["prompt"] if isinstance(record, dict) else record
+                prompt.encode()
+            except (KeyError, AttributeError, UnicodeEncodeError):  # no text, or half a surrogate pair
+                raise DataError(f'{where}: no text and no JSON object with a "prompt"') from None
+            prompts += [prompt] if prompt.strip() else []
+        if not prompts:
+            raise DataError(f"{path}: holds no prompt")
+    except DataError as e:
+        raise ConfigError(f"--prompts {e}") from None
     return prompts
+
+
+def read_texts(path):
+    """(where, text or object): the items of an array, the rows of a table, or lines, plain or of JSONL."""
+    if formats.ending(path) in {*formats.ENDINGS, ".json"} - {".jsonl"}:
+        yield from formats.read_records(path)
+        return
+    try:
+        text = (sys.stdin.buffer.read() if path == "-" else read_bytes(path)).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8") from None
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if line.lstrip().startswith("{"):
+            yield from ((f"{path}:{number}", record) for _, record in formats.read_lines(path, line.encode()))
+        else:
+            yield f"{path}:{number}", line
 
 
 def token_rewards(policy, reference, prompt, response, beta):
@@ -94,7 +106,7 @@ def parse_flags(argv):
     parser.error = lambda message: fail("sample.py", message)
     parser.add_argument("out_dir", help="the folder of a preference run, or of SFT with --ref")
     parser.add_argument("--prompt", action="append", default=[], help="as in the data (may be repeated)")
-    parser.add_argument("--prompts", help='a file of prompts, one a line or JSONL with "prompt"; - is stdin')
+    parser.add_argument("--prompts", help='a file: one prompt a line, or data with a "prompt"; - is stdin')
     parser.add_argument("--chat", action="store_true",
                         help="render each prompt as a Human turn, like chat and instruction data")
     parser.add_argument("--response", help="score this response, not a sampled one (with --heat)")
@@ -152,7 +164,7 @@ def sample(args):
     block_size = min(model.config.block_size for model in (policy, reference))
     for prompt in prompts:
         if args.chat:
-            prompt = TURN["user"] + prompt + ASSISTANT
+            prompt = formats.TURN["user"] + prompt + formats.ASSISTANT
         ids = np.array(tokenizer.encode(prompt) or [tokenizer.eot])
         response = None
         if args.response is not None:

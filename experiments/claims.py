@@ -1,19 +1,21 @@
-"""All six claims of the papers in miniature: tables, JSON, figures.
+"""All claims of the papers in miniature: tables, JSON, figures.
 
-    python experiments/claims.py            3 seeds; experiments/results/*.json, experiments/figures/*.png
+    python experiments/claims.py            5 seeds; experiments/results/*.json, experiments/figures/*.png
     python experiments/claims.py --quick    1 seed, shorter; out/claims/quick
     python experiments/claims.py --tables   README's tables again from the JSON files; --draw: the figures
 """
 
+import choose
 import edit_distance
 import frontier
 import segments
 import seqkl
 import surprises
+import unseen
 import weight
 from common import main
 
-CLAIMS = [frontier, weight, edit_distance, seqkl, segments, surprises]
+CLAIMS = [choose, frontier, weight, edit_distance, seqkl, segments, unseen, surprises]
 
 if __name__ == "__main__":
     main(CLAIMS)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -16,7 +17,6 @@ import resource
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,13 +31,21 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 COLOURS = {"dpo": "#1f77b4", "dpop": "#d62728", "tdpo1": "#9467bd", "tdpo2": "#2ca02c", "2d-dpo": "#ff7f0e",
-           "sft": "#7f7f7f", "ceiling": "#000000", "unweighted": "#8c564b"}
+           "2d-dpo-vanilla": "#bcbd22", "unselected": "#8c564b", "badness": "#17becf", "sft": "#7f7f7f",
+           "weighted-sft": "#e377c2", "unweighted": "#8c564b", "best-of-n": "#000000"}
 LABELS = {"dpo": "DPO", "dpop": "DPOP", "tdpo1": "TDPO1", "tdpo2": "TDPO2", "2d-dpo": "2D-DPO",
-          "sft": "SFT on chosen"}
+          "sft": "SFT on chosen", "weighted-sft": "reward-weighted SFT", "best-of-n": "best of n"}
+# 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Sizes
+
+
+def dense(steps):
+    """The start and twelve checkpoints."""
+    return tuple(steps * k // 12 for k in range(13))
 
 
 @dataclass(frozen=True)
@@ -47,37 +55,42 @@ class Setting:
     reviews: World
     sums: World
     run: Run  # lr, batch, steps, checkpoints, samples of every run in the reviews world
-    long: tuple  # checkpoints of the long runs (weight.py)
     sums_run: Run
-    betas: tuple = (0.05, 0.1, 0.3, 1.0, 2.0, 5.0)
-    lams: tuple = (5.0, 50.0, 500.0)
-    alphas: tuple = (0.1, 0.3, 0.5, 0.7)
-    edits: tuple = (1, 3, 6, 12, "all")
-    reference_samples: int = 8192
+    betas: tuple = (0.1, 1.0)  # each loss has two knobs on the frontier: as many candidates as the others
+    many_betas: tuple = (0.05, 0.1, 0.3, 1.0, 5.0)
+    lams: tuple = (5.0, 50.0)
+    alphas: tuple = (0.5, 1.0)
+    edits: tuple = (1, "all")
+    rates: tuple = (3e-5, 1e-4, 3e-4, 1e-3)  # learning rates to choose from
+    reference_samples: int = 4096
     least_ess: int = 100  # effective samples below which the re-weighted curve is cut
+    levels: tuple = (0.1, 0.25, 0.5, 1.0)  # nats of KL at which losses are compared
 
-    def review_run(self, seed, loss="dpo", beta=0.1, **more):
-        return replace(self.run, world=replace(self.reviews, seed=seed), loss=loss, beta=beta, **more)
+    def review_run(self, seed, loss="dpo", beta=0.1, times=1, half_of_nouns=False, **more):
+        """A run in the reviews world; times: that many times as long, with as many checkpoints."""
+        world = replace(self.reviews, seed=seed, half_of_nouns=half_of_nouns)
+        return replace(self.run, world=world, loss=loss, beta=beta, **{
+            "steps": times * self.run.steps, "checkpoints": tuple(times * c for c in self.run.checkpoints)
+        } | more)
 
     def sums_runs(self, seed, edits, loss="dpo", **more):
         return replace(self.sums_run, world=replace(self.sums, seed=seed, edits=edits), loss=loss, **more)
 
 
-REVIEWS = World("reviews", pairs=3000, preferred=2000, held_out=200, sft_steps=500, sft_lr=2e-3)
-SUMS = World("sums", pairs=3000, preferred=1000, held_out=200, sft_steps=600, sft_lr=3e-3)
-FULL = Setting("full", (0, 1, 2), REVIEWS, SUMS,
-               Run(REVIEWS, lr=1e-4, batch_size=32, steps=80, checkpoints=(0, 40, 80)),
-               (0, 40, 80, 160),
+REVIEWS = World("reviews", pairs=3000, preferred=2000, held_out=100, sft_steps=500, sft_lr=2e-3)
+SUMS = World("sums", pairs=3000, preferred=1000, held_out=100, sft_steps=600, sft_lr=3e-3)
+FULL = Setting("full", (0, 1, 2, 3, 4), REVIEWS, SUMS,
+               Run(REVIEWS, lr=1e-4, batch_size=32, steps=60, checkpoints=dense(60), samples=128),
                Run(SUMS, lr=3e-4, beta=0.3, batch_size=32, steps=40, checkpoints=(0, 40)))
-QUICK = replace(FULL, name="quick", seeds=(0,), reference_samples=4096,
-                run=replace(FULL.run, steps=20, checkpoints=(0, 10, 20)), long=(0, 20, 40),
-                reviews=replace(REVIEWS, sft_steps=300), betas=(0.1, 1.0, 5.0), lams=(50.0,),
-                alphas=(0.1, 0.5), sums=replace(SUMS, sft_steps=400), edits=(1, "all"),
-                sums_run=replace(FULL.sums_run, steps=30, checkpoints=(0, 30)))
-_small = {"pairs": 24, "preferred": 16, "held_out": 8, "n_layer": 1, "n_embd": 8, "sft_steps": 2}
-TINY = replace(QUICK, name="tiny", seeds=(0, 1), reference_samples=32, least_ess=1,
-               reviews=replace(REVIEWS, **_small), sums=replace(SUMS, **_small), betas=(0.1, 1.0),
-               run=replace(FULL.run, batch_size=4, steps=2, checkpoints=(0, 2), samples=8), long=(0, 2, 3),
+QUICK = replace(FULL, name="quick", seeds=(0,), reviews=replace(REVIEWS, sft_steps=200),
+                sums=replace(SUMS, sft_steps=200), betas=(1.0,), many_betas=(0.1, 1.0, 5.0), lams=(50.0,),
+                alphas=(0.5,), rates=(1e-4, 1e-3), reference_samples=2048,
+                run=replace(FULL.run, lr=2e-4, steps=24, checkpoints=dense(24), samples=48),
+                sums_run=replace(FULL.sums_run, steps=24, checkpoints=(0, 24)))
+_small = {"pairs": 40, "preferred": 16, "held_out": 8, "n_layer": 1, "n_embd": 8, "sft_steps": 2}
+TINY = replace(QUICK, name="tiny", seeds=(0, 1), reference_samples=32, least_ess=1, levels=(1e-6,),
+               reviews=replace(REVIEWS, **_small), sums=replace(SUMS, **_small),
+               run=replace(FULL.run, batch_size=4, steps=2, checkpoints=(0, 1, 2), samples=8),
                sums_run=replace(FULL.sums_run, batch_size=4, steps=2, checkpoints=(0, 2)))
 
 
@@ -111,8 +124,8 @@ def kept(job):
 
 
 def world_of(thing):
-    """The world whose reference a job needs: edits are of the pairs only."""
-    return replace(thing.world if isinstance(thing, Run) else thing[0], edits=1)
+    """The world whose reference a job needs: the pairs of preferences are not its business."""
+    return replace(thing.world if isinstance(thing, Run) else thing[0], edits=1, half_of_nouns=False)
 
 
 def perform(things, store, workers, say):
@@ -134,14 +147,43 @@ def perform(things, store, workers, say):
 # Numbers
 
 
-def cell(values, digits=2):
-    """One value a seed -> "mean [least, most]"."""
-    values = [v for v in values if v is not None]
-    if not values:
+def mean_and_half(values):
+    """(mean, half of its 95 % interval over seeds, by Student's t; None for one seed)."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), None
+    return float(values.mean()), float(T[len(values) - 2] * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def cell(values, digits=2, sign=""):
+    """One value a seed -> "mean ± half of the 95 % interval"; says how many seeds have a value."""
+    known = [v for v in values if v is not None]
+    if not known:
         return "–"
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    mean, half = mean_and_half(known)
+    text = f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+    return text + (f" ({len(known)} of {len(values)} seeds)" if len(known) < len(values) else "")
+
+
+def versus(values, base, digits=2):
+    """The paired difference, seed by seed, and what its interval says."""
+    pairs = [(a, b) for a, b in zip(values, base, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return "–"
+    differences = [a - b for a, b in pairs]
+    mean, half = mean_and_half(differences)
+    verdict = "one seed" if half is None else "no difference seen" if abs(mean) <= half else \
+        "above" if mean > 0 else "below"
+    return f"{cell(differences, digits, '+')}, {verdict}"
+
+
+def reaches(xs, ys, x):
+    """y where a run first reaches x, linearly between neighbouring checkpoints; None if it never does."""
+    for i in range(1, len(xs)):
+        if xs[i - 1] < x <= xs[i]:
+            share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+            return float(ys[i - 1] + share * (ys[i] - ys[i - 1]))
+    return None
 
 
 def table(title, columns, rows):
@@ -175,13 +217,25 @@ def series(results, pick):
 
 
 def band(axis, x, values, label, colour, **more):
-    """Mean over seeds (rows of values) as a line, least to most as a band."""
-    values = np.asarray(values, dtype=float)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a column without a number stays empty
-        mean, low, high = (f(values, axis=0) for f in (np.nanmean, np.nanmin, np.nanmax))
-    axis.plot(x, mean, label=label, color=colour, **({"linewidth": 1.6} | more))
-    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    """Mean over seeds (rows of values) as a line, its 95 % interval as a band."""
+    columns = np.asarray(values, dtype=float).T
+    known = [column[~np.isnan(column)] for column in columns]
+    stats = [mean_and_half(column) if len(column) else (np.nan, None) for column in known]
+    mean, half = np.array([m for m, _ in stats]), np.array([h or 0.0 for _, h in stats])
+    axis.plot(x, mean, label=label, color=colour, **({"linewidth": 1.8} | more))
+    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+
+
+def bars(axis, rows, base=0.0):
+    """Rows {label: (values a seed, colour)} as points with their 95 % intervals, top to bottom."""
+    for y, (values, colour) in enumerate(rows.values()):
+        known = [v for v in values if v is not None]
+        if known:
+            mean, half = mean_and_half(known)
+            axis.errorbar(mean, y, xerr=half, fmt="o", color=colour, capsize=3)
+    axis.axvline(base, color="grey", linewidth=0.8, linestyle="--")
+    axis.locator_params(axis="x", nbins=5)
+    axis.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
 
 
 def figure(rows, columns, width=4.4, height=3.4):
@@ -217,7 +271,7 @@ def commit():
     """The commit, with a plus where the scripts differ from it."""
     def git(*words):
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
-    scripts = ("losses.py", "model.py", "data.py", "train.py", "runs.py", "ranks.py", "health.py", "toy")
+    scripts = ("losses.py", "model.py", "data.py", "train.py", "plumbing", "toy", "experiments/*.py")
     changed = git("status", "--porcelain", "--", *scripts)
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 
@@ -274,20 +328,33 @@ def draw_again(claims, places):
 
 
 def with_tables(text, results):
-    """README's text with every block <!-- tables NAME --> ... <!-- end --> made from results/NAME.json."""
+    """README's text with every block <!-- tables NAME --> ... <!-- end --> made from results/NAME.json.
+
+    The block named verdicts has the verdicts of all claims, in the order of their blocks.
+    """
+    def read(name):
+        return json.loads((Path(results) / f"{name}.json").read_text())
+
     def block(match):
-        summary = json.loads((Path(results) / f"{match[1]}.json").read_text())
-        text = made_line(summary) if match[1] == "made" else markdown(summary)
-        return f"<!-- tables {match[1]} -->\n{text}<!-- end -->"
-    return re.sub(r"<!-- tables ([\w-]+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+        if match[1] == "verdicts":
+            names = re.findall(r"<!-- tables (\w+) -->", text)
+            rows = [row for name in names if name != "verdicts" for row in read(name).get("verdicts", ())]
+            new = markdown({"tables": [table("Differences are paired by seed, ± 95 % interval",
+                                             ["the papers say", "seen here"], rows)]})
+        else:
+            new = made_line(read("made")) if match[1] == "made" else markdown(read(match[1]))
+        return f"<!-- tables {match[1]} -->\n{new}<!-- end -->"
+    return re.sub(r"<!-- tables (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def made_line(made):
     whole = made["taken_from_store"] == 0
+    full = "" if made["setting"] == "full" else "**Not the full run: it decides nothing.** "
     time_ = f"{made['wall_s'] / 60:.1f} minutes of wall time" if whole else "put together from finished runs"
-    return (f"Made by `{made['command']}` at commit {made['commit']} on {made['hardware']}, "
-            f"{made['workers']} processes of one thread, Python {made['python']}, torch {made['torch']}, "
-            f"{made['date']}: {made['seeds']} seeds, {made['runs']} runs and references, "
+    return (f"{full}Made by `{made['command']}` at commit {made['commit']} on {made['hardware']}, "
+            f"workers: {made['workers']}, one thread each, Python {made['python']}, torch {made['torch']}, "
+            f"{made['date']}: setting {made['setting']}, seeds: {made['seeds']}, "
+            f"{made['runs']} runs and references, "
             f"{made['cpu_s'] / 60:.1f} CPU minutes, {time_} (load average at the start "
             f"{made['load_at_start']:.1f}).\n")
 
@@ -296,7 +363,7 @@ def main(claims, argv=None):
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, short runs; into out/claims/quick")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # of the tests: seconds
-    parser.add_argument("--seeds", type=int, help="number of seeds; default 3, quick 1")
+    parser.add_argument("--seeds", type=int, help="number of seeds; default 5, quick 1; at most 10")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default 2")
     parser.add_argument("--out", type=Path, help="folder for results/ and figures/; default: this script's")
     parser.add_argument("--store", type=Path, default=ROOT / "out" / "claims" / "runs",

@@ -6,20 +6,19 @@
 import sys
 
 import numpy as np
-from common import COLOURS, band, cell, checkpoint, figure, main, save, table
+from common import COLOURS, band, cell, checkpoint, figure, main, save, table, versus
 
 NAME, TITLE = "edit_distance", "Claim 3. Edit distance and the chosen likelihood (DPOP, Fig. 4 and Fig. 2)"
 PARTS = {"before": "before the first edited token", "at": "edited tokens", "after": "after it, unedited",
          "total": "whole answer"}
-SHADES = ("#f5a3a3", "#d62728", "#7a0c0c")
 
 
 def variants(setting):
     """name -> (loss, its knobs, label, colour). One beta, DPOP's 0.3, for all: only the penalty differs."""
-    names = {"dpo": ("dpo", {}, "DPO", COLOURS["dpo"])}
-    shades = SHADES if len(setting.lams) == 3 else SHADES[1:2]
-    return names | {f"dpop-{lam:g}": ("dpop", {"lam": lam}, f"DPOP, λ {lam:g}", colour)
-                    for lam, colour in zip(setting.lams, shades, strict=True)}
+    shades = ("#f5a3a3", COLOURS["dpop"])[-len(setting.lams):]
+    return {"dpo": ("dpo", {}, "DPO", COLOURS["dpo"])} | {
+        f"dpop-{lam:g}": ("dpop", {"lam": lam}, f"DPOP, λ {lam:g}", colour)
+        for lam, colour in zip(setting.lams, shades, strict=True)}
 
 
 def run_of(setting, seed, name, edits):
@@ -45,7 +44,7 @@ def summarise(setting, results):
         values |= {"accuracy": [r["accuracy"][0] for r in reference],
                    "differing": [r["chosen"]["differing"] for r in reference]}
         start[str(edits)], where = values, f"{edits} ({np.mean(values['differing']):.0%})"
-        rows.append([where, "reference", *of_parts(values), cell(values["accuracy"]), "–"])
+        rows.append([where, "reference", *of_parts(values), cell(values["accuracy"]), "–", "–"])
         for name, (_, _, label, _) in variants(setting).items():
             last = [checkpoint(results[run_of(setting, seed, name, edits)]) for seed in setting.seeds]
             values = {part: [r["chosen"]["policy"][part] for r in last] for part in PARTS}
@@ -55,36 +54,46 @@ def summarise(setting, results):
                        "rejected_ratio": [r["held_out"]["logratio/rejected"] for r in last]}
             curves.setdefault(name, {})[str(edits)] = values
             rows.append([where, label, *of_parts(values), cell(values["accuracy"]),
-                         cell(values["pair_accuracy"])])
+                         cell(values["pair_accuracy"]),
+                         versus(values["after"], start[str(edits)]["after"], 3)])
     se = max(checkpoint(r)["accuracy"][1] for r in results.values())
     note = (f"Held-out chosen log-probability, nats per token (whole answer: nats), after "
             f"{setting.sums_run.steps} steps at β {setting.sums_run.beta:g}; sums worked out to the letter, "
-            f"greedily ({setting.sums.held_out} sums, standard error at most {se:.2f}); mean [least, most] "
-            "over seeds. In brackets: share of tokens that differ")
-    columns = ["edited digits", "", *PARTS.values(), "sums right", "pair accuracy"]
-    return {"curves": curves, "reference": start, "tables": [table(note, columns, rows)],
+            f"greedily ({setting.sums.held_out} sums, standard error at most {se:.2f}); mean ± 95 % "
+            "interval over seeds. In brackets: share of tokens that differ")
+    columns = ["edited digits", "", *PARTS.values(), "sums right", "pair accuracy",
+               "after it − reference, paired"]
+    def moved(name, edits):
+        return versus(curves[name][str(edits)]["after"], start[str(edits)]["after"], 3)
+
+    low, high, dpop = setting.edits[0], setting.edits[-1], f"dpop-{setting.lams[-1]:g}"
+    verdicts = [[f"DPO lowers the unedited chosen tokens at low edit distance ({low} digit), DPOP not",
+                 f"nats per token, less the reference: DPO {moved('dpo', low)}; DPOP {moved(dpop, low)}"],
+                [f"At high distance ({high}) DPO does not", f"DPO {moved('dpo', high)}"]]
+    return {"verdicts": verdicts, "curves": curves, "reference": start,
+            "tables": [table(note, columns, rows)],
             "variants": {name: v[2:] for name, v in variants(setting).items()}}
 
 
 def draw(s, path):
-    fig, axes = figure(2, 3, width=4, height=3)
+    fig, axes = figure(1, 3, width=4, height=3.4)
     edits = list(s["reference"])
     x = np.arange(len(edits))
     ticks = [f"{e}\n{np.mean(s['reference'][e]['differing']):.0%}" for e in edits]
-    panels = {**PARTS, "accuracy": "sums worked out right, greedily",
-              "rejected_ratio": "log-ratio of the rejected answer"}
-    for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
+    panels = {"after": ("unedited tokens of the chosen answer", "log-prob., nats per token"),
+              "accuracy": ("sums worked out right", "share of held-out sums"),
+              "pair_accuracy": ("pairs ranked rightly", "share of held-out pairs")}
+    for axis, (key, (title, unit)) in zip(axes[0], panels.items(), strict=True):
         if key in s["reference"][edits[0]]:
             band(axis, x, np.array([s["reference"][e][key] for e in edits]).T, "reference", "black",
                  linestyle="--")
         for name, (label, colour) in s["variants"].items():
-            band(axis, x, np.array([s["curves"][name][e][key] for e in edits]).T, label, colour, marker=".")
-        unit = {"accuracy": "share of held-out sums", "total": "chosen log-prob., nats per answer",
-                "rejected_ratio": "nats per answer"}.get(key, "chosen log-prob., nats per token")
-        axis.set(title=title, ylabel=unit, xticks=x, xticklabels=ticks)
-    for axis in axes[1]:
-        axis.set(xlabel="edited digits in the rejected answer\n(share of its tokens)")
-    axes[0, 0].legend(fontsize=7)
+            band(axis, x, np.array([s["curves"][name][e][key] for e in edits]).T, label, colour, marker="o")
+        axis.set(title=title, ylabel=unit, xticks=x, xticklabels=ticks,
+                 xlabel="edited digits in the rejected answer\n(share of its tokens)")
+        if key != "after":
+            axis.set(ylim=(0, 1.03))
+    axes[0, 1].legend(fontsize=8, loc="lower right")
     save(fig, path)
 
 

@@ -1,4 +1,4 @@
-"""Claim 1: the reward-KL frontier (DPO, Fig. 2 left), for all losses, SFT on chosen, and Eq. 4 itself.
+"""Claim 1: the reward-KL frontier (DPO, Fig. 2 left): all losses, three baselines, and Eq. 4 itself.
 
     python experiments/frontier.py [--quick]
 """
@@ -6,19 +6,22 @@
 import sys
 
 import numpy as np
-from common import COLOURS, LABELS, band, cell, figure, main, save, table
+from common import COLOURS, LABELS, band, bars, cell, figure, main, save, table, versus
 from replay import reviews
 
 NAME, TITLE = "frontier", "Claim 1. Reward against KL (DPO, Fig. 2 left)"
-LOSSES = {"dpo": {}, "dpop": {"lam": 50.0}, "tdpo1": {}, "tdpo2": {"alpha": 0.5}, "2d-dpo": {}}
-BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0)  # nats
+BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0)  # nats
 
 
 def frontier_runs(setting, seed):
-    """{(loss, beta): run} of one seed; SFT on chosen has beta None."""
-    runs = {(loss, beta): setting.review_run(seed, loss, beta, **more)
-            for loss, more in LOSSES.items() for beta in setting.betas}
-    return runs | {("sft", None): setting.review_run(seed, "sft", None)}
+    """{loss: its runs} of one seed; as many for each loss, so that none has more chances."""
+    n, betas = len(setting.betas), setting.betas
+    knobs = {"dpo": {}, "dpop": {"lam": 50.0}, "tdpo1": {}, "tdpo2": {"alpha": 0.5}, "2d-dpo": {}}
+    runs = {loss: [setting.review_run(seed, loss, beta, **more) for beta in betas]
+            for loss, more in knobs.items()}
+    runs["sft"] = [setting.review_run(seed, "sft", None, lr=lr) for lr in (1e-4, 1e-3)[-n:]]
+    runs["weighted-sft"] = [setting.review_run(seed, "weighted-sft", t) for t in (0.5, 2.0)[-n:]]
+    return runs
 
 
 def reference_of(setting, seed):
@@ -27,7 +30,7 @@ def reference_of(setting, seed):
 
 def runs(setting):
     return [thing for seed in setting.seeds
-            for thing in (reference_of(setting, seed), *frontier_runs(setting, seed).values())]
+            for thing in (reference_of(setting, seed), *sum(frontier_runs(setting, seed).values(), []))]
 
 
 def reweighted(rewards, least_ess):
@@ -72,9 +75,28 @@ def exact_ceiling():
     return points
 
 
+def best_of_n(rewards, kl):
+    """The mean reward of the best of n samples where log n - (n - 1)/n, which bounds its KL, is `kl`.
+
+    n need not be whole: E max = sum of r_(i) ((i/N)^n - ((i-1)/N)^n) over the N sorted rewards.
+    """
+    low, high = 1.0, 1e9
+    for _ in range(200):
+        n = (low * high) ** 0.5
+        low, high = (n, high) if np.log(n) - (n - 1) / n < kl else (low, n)
+    share = np.linspace(0, 1, len(rewards) + 1) ** n
+    return float((np.sort(rewards) * np.diff(share)).sum())
+
+
 def best_within(points, kl):
-    """The best mean reward among checkpoints whose KL is at most kl."""
-    return max((p["reward"][0] for p in points if p["kl"][0] <= kl), default=None)
+    """The reward of the best candidate within a budget of KL, without the bias of a maximum: chosen on one
+    half of each candidate's samples, its reward read off the other half; the mean of both ways round.
+    """
+    rewards = []
+    for a in (0, 1):
+        within = [p for p in points if p["halves"][a][1] <= kl]
+        rewards.append(max(within, key=lambda p: p["halves"][a][0])["halves"][1 - a][0])
+    return float(np.mean(rewards))
 
 
 def on_curve(curve, kl, beyond=None):
@@ -85,73 +107,74 @@ def on_curve(curve, kl, beyond=None):
 
 
 def summarise(setting, results):
-    points = {loss: [] for loss in (*LOSSES, "sft")}  # per seed: every checkpoint of every beta
-    curves = []
+    points, curves, rewards = {}, [], []
     for seed in setting.seeds:
-        curves.append(reweighted(results[reference_of(setting, seed)]["rewards"], setting.least_ess))
-        for loss in points:
-            points[loss].append([
-                {"beta": beta, "step": c["step"]} | {k: c["samples"][k] for k in ("reward", "kl", "valid")}
-                for (name, beta), run in frontier_runs(setting, seed).items() if name == loss
-                for c in results[run]["checkpoints"] if c["step"] <= setting.run.steps])
+        rewards.append(results[reference_of(setting, seed)]["rewards"])
+        curves.append(reweighted(rewards[-1], setting.least_ess))
+        for loss, loss_runs in frontier_runs(setting, seed).items():
+            points.setdefault(loss, []).append([
+                {"knob": run.lr if loss == "sft" else run.beta, "step": c["step"]}
+                | {k: c["samples"][k] for k in ("reward", "kl", "halves", "valid")}
+                for run in loss_runs for c in results[run]["checkpoints"]])
     exact = exact_ceiling()
-    rows = []
-    for loss, seeds in points.items():
-        peaks = [max(p, key=lambda x: x["reward"][0]) for p in seeds]
-        rows.append([LABELS[loss], *(cell([best_within(p, kl) for p in seeds]) for kl in BUDGETS),
-                     cell([p["reward"][0] for p in peaks]), cell([p["kl"][0] for p in peaks]),
-                     ", ".join(sorted({f"{p['beta']:g}" for p in peaks if p["beta"]}, key=float)) or "–"])
+    best = {loss: {f"{kl:g}": [best_within(p, kl) for p in seeds] for kl in BUDGETS}
+            for loss, seeds in points.items()}
+    best["best-of-n"] = {f"{kl:g}": [best_of_n(r, kl) for r in rewards] for kl in BUDGETS}
+    rows = [[LABELS[loss], *(cell(values) for values in of.values())] for loss, of in best.items()]
     rows.append([f"Eq. 4, re-weighted samples (ESS ≥ {setting.least_ess})",
-                 *(cell([on_curve(c, kl) for c in curves]) if all(on_curve(c, kl) for c in curves) else "–"
-                   for kl in BUDGETS),
-                 cell([c[-1]["reward"] for c in curves]), cell([c[-1]["kl"] for c in curves]), "–"])
+                 *(cell([on_curve(c, kl) for c in curves]) for kl in BUDGETS)])
     rows.append(["Eq. 4, exact, for the base distribution",
-                 *(f"{on_curve(exact, kl, 16.0):.2f}" for kl in BUDGETS), "16.00",
-                 f"{exact[-1]['kl']:.2f}", "–"])
+                 *(f"{on_curve(exact, kl):.2f}" for kl in BUDGETS)])
+    against = [[LABELS[loss], *(versus(best[loss][b], best["dpo"][b]) for b in best["dpo"])]
+               for loss in best if loss != "dpo"]
     everything = [p for seeds in points.values() for ps in seeds for p in ps]
     start = [ps[0]["reward"][0] for ps in points["dpo"]]  # of each seed's reference
     above = sum(p["reward"][0] > on_curve(exact, p["kl"][0], 16.0) + 3 * p["reward"][1] for p in everything)
-    close = [p for p in everything if p["kl"][0] <= 8]
-    columns = ["", *(f"KL ≤ {kl:g}" for kl in BUDGETS), "peak reward", "KL there", "β there"]
-    note = ("Best mean true reward (0 to 16) among all β and checkpoints within a budget of KL(π‖π_ref), "
-            f"nats per response; mean [least, most] over seeds. Reference: {cell(start)}. Standard error of "
-            f"a point, {setting.run.samples} samples: reward {np.mean([p['reward'][1] for p in close]):.2f}, "
-            f"KL at most {max(p['kl'][1] for p in close):.2f} where KL ≤ 8. Points above the exact ceiling "
-            f"by three standard errors: {above} of {len(everything)}")
-    table_ess = [["effective samples", *(
-        cell([next((p["ess"] for p in c if p["kl"] >= kl), None) for c in curves], 0) for kl in BUDGETS)]]
-    return {"points": points, "reweighted": curves, "exact": exact, "start": start, "above_exact": above,
-            "tables": [table(note, columns, rows),
-                       table(f"Effective sample size of the re-weighting, of {setting.reference_samples}",
-                             ["", *(f"KL {kl:g}" for kl in BUDGETS)], table_ess)]}
+    most = [max(p["kl"][0] for p in ps) for ps in points["dpop"]]
+    se = np.mean([p["reward"][1] for p in everything if p["kl"][0] <= 8])
+    columns = ["", *(f"KL ≤ {kl:g}" for kl in BUDGETS)]
+    count = len(points["dpo"][0])
+    b = "0.5"
+
+    def less(one, other):
+        return f"{LABELS[one]} − {LABELS[other]}, within {b} nats: {versus(best[one][b], best[other][b])}"
+
+    verdicts = [["Preference losses lie above SFT on chosen", less("dpo", "sft")],
+                ["TDPO lies above DPO", f"{less('tdpo1', 'dpo')}; {less('tdpo2', 'dpo')}"],
+                ["(ours) 2D-DPO and reward-weighted SFT, which read the true scores, lie above DPO",
+                 f"{less('2d-dpo', 'dpo')}; {less('weighted-sft', 'dpo')}"],
+                ["Nobody can lie above Eq. 4",
+                 f"{above} of {len(everything)} points do, by three standard errors"]]
+    return {"verdicts": verdicts, "points": points, "best": best, "reweighted": curves, "exact": exact,
+            "start": start, "above_exact": above, "tables": [
+        table("True reward (0 to 16) within a budget of KL(π‖π_ref), nats a response, mean ± 95 % interval "
+              f"over seeds; {count} candidates a loss (knobs and checkpoints), chosen on one half of the "
+              f"samples and read off the other. Reference: {cell(start)}. Standard error of a point, "
+              f"{setting.run.samples} samples: {se:.2f}. Points above the exact ceiling by three standard "
+              f"errors: {above} of {len(everything)}. The furthest that DPOP goes: KL {cell(most, 3)}",
+              columns, rows),
+        table("The same less DPO's, paired by seed, ± 95 % interval", columns, against)]}
 
 
 def draw(s, path):
     fig, axes = figure(1, 2, width=5.4, height=4.2)
-    near, far = axes[0]
-    start = np.mean(s["start"])
-    shown = 1.05 * max((p["kl"][0] for seeds in s["points"].values() for ps in seeds for p in ps
-                        if p["reward"][0] > start), default=1.0)
+    left, right = axes[0]
+    grid = np.geomspace(0.01, BUDGETS[-1], 60)
     for loss, seeds in s["points"].items():
-        every = sum(seeds, [])
-        grid = np.geomspace(0.002, min(max(0.004, *(p["kl"][0] for p in every)), shown), 200)
-        envelopes = np.array([[best_within(ps, kl) for kl in grid] for ps in seeds], dtype=float)
-        band(near, grid, envelopes, LABELS[loss], COLOURS[loss])
-        for axis in (near, far):
-            axis.scatter([p["kl"][0] for p in every], [p["reward"][0] for p in every], s=9,
-                         color=COLOURS[loss], alpha=0.6, linewidth=0)
-    for axis in (near, far):
-        axis.plot([p["kl"] for p in s["exact"]], [p["reward"] for p in s["exact"]], color="black",
-                  linestyle=":", linewidth=1.2, label="Eq. 4, exact (base distribution)")
-        for i, curve in enumerate(s["reweighted"]):
-            axis.plot([p["kl"] for p in curve], [p["reward"] for p in curve], color="black", linewidth=1.2,
-                      label="_" * bool(i) + "Eq. 4, re-weighted samples")
-        axis.axhline(start, color="grey", linewidth=0.8, linestyle="--", label="reference")
-        axis.set(xlabel="KL(policy ‖ reference), nats per response")
-    near.set(xlim=(0, shown), ylim=(start - 0.4, 14), ylabel="true reward, mean of samples (of 16)",
-             title="best within a KL budget (band: seeds)")
-    far.set(xscale="log", xlim=(0.005, 100), ylim=(0, 16.3), title="every checkpoint of every β and seed")
-    far.legend(*near.get_legend_handles_labels(), fontsize=7, loc="lower left")
+        band(left, grid, [[best_within(ps, kl) for kl in grid] for ps in seeds], LABELS[loss], COLOURS[loss])
+    kls = [float(kl) for kl in s["best"]["best-of-n"]]
+    band(left, kls, np.array(list(s["best"]["best-of-n"].values())).T, LABELS["best-of-n"],
+         COLOURS["best-of-n"], linestyle="--")
+    left.plot([p["kl"] for p in s["exact"]], [p["reward"] for p in s["exact"]], color="black", linestyle=":",
+              label="Eq. 4, exact: nobody can do better")
+    left.set(xlim=(0, BUDGETS[-1]), ylim=(np.mean(s["start"]) - 0.3, 13.5), ylabel="true reward (of 16)",
+             xlabel="budget of KL(policy ‖ reference), nats", title="reward within a KL budget (95 % bands)")
+    fig.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
+    b = "0.5"
+    base = s["best"]["dpo"][b]
+    bars(right, {LABELS[loss]: ([x - y for x, y in zip(of[b], base, strict=True)], COLOURS[loss])
+                 for loss, of in s["best"].items() if loss != "dpo"})
+    right.set(xlabel="true reward less DPO's", title=f"within {b} nats, paired by seed")
     save(fig, path)
 
 

@@ -35,7 +35,7 @@ POLICY = {
     "UNHEALTHY PAIR": [{"The": 0.50}, {"answer": 0.40}, {"is": 0.60}, {"4": 0.32, "5": 0.20},
                        {"<end>": 0.60}, {"<end>": 0.70}],
 }
-NAMES = ["DPO", "DPOP", "TDPO1", "TDPO2", "2D vanilla", "2D-DPO"]
+NAMES = [name for name in losses.LOSSES if name != "sft"]
 
 
 def logits_of(rows):
@@ -48,20 +48,23 @@ def logits_of(rows):
 
 
 def all_losses(token_w, token_l, ref_w, ref_l, k_w, k_l):
-    """The six losses of one pair from its token log-probabilities (N,) and KLs (1,): name -> number."""
-    one, two = torch.zeros(len(SEGMENT), dtype=torch.long), torch.tensor(SEGMENT)
-    whole = [losses.segment_sum(x, one, 1) for x in (token_w, token_l, ref_w, ref_l)]
-    parts = [losses.segment_sum(x, two, 2).unsqueeze(0) for x in (token_w, token_l, ref_w, ref_l)]
-    rewards = [torch.tensor([r], dtype=torch.float64) for r in (R_W, R_L)]
-    masks = [torch.ones(1, 2, dtype=torch.bool)] * 2
-    return {
-        "DPO": losses.dpo_loss(*whole, beta=BETA),
-        "DPOP": losses.dpop_loss(*whole, beta=BETA, lam=LAM),
-        "TDPO1": losses.tdpo1_loss(*whole, k_w, k_l, beta=BETA),
-        "TDPO2": losses.tdpo2_loss(*whole, k_w, k_l, beta=BETA, alpha=ALPHA),
-        "2D vanilla": losses.dpo2d_vanilla_loss(*parts, *rewards, *masks, beta=BETA),
-        "2D-DPO": losses.dpo2d_loss(*parts, *rewards, *masks, beta=BETA),
-    }
+    """The losses of one pair from its token log-probabilities (N,) and KLs (1,): name -> number."""
+    knobs, values = {"beta": BETA, "lam": LAM, "alpha": ALPHA}, {}
+    names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    terms = {"chosen_seq_kl": k_w, "rejected_seq_kl": k_l}
+    for side, r in (("chosen", R_W), ("rejected", R_L)):
+        terms |= {f"{side}_rewards": torch.tensor([r], dtype=torch.float64),
+                  f"{side}_mask": torch.ones(1, 2, dtype=torch.bool)}
+    for name in NAMES:
+        loss = losses.LOSSES[name]
+        segmented = "chosen_rewards" in losses.terms_of(loss)
+        for key, x in zip(names, (token_w, token_l, ref_w, ref_l), strict=True):
+            segment = torch.tensor(SEGMENT) * int(segmented)
+            sums = losses.segment_sum(x, segment, 2)
+            terms[key] = sums.unsqueeze(0) if segmented else sums[:1]
+        values[name] = loss(**{key: terms[key] for key in losses.terms_of(loss)},
+                            **{knob: knobs[knob] for knob in losses.knobs_of(loss)})
+    return values
 
 
 def pick(table, side):
@@ -88,12 +91,12 @@ def closed_forms(rho_w, rho_l, k_w, k_l):
     g_k = [g(BETA * (R_W[s] * part_w[s] - R_L[s] * part_l[s])) for s in (0, 1)]
     n = len(SEGMENT)
     return {
-        "DPO": ([-g_dpo] * n, [g_dpo] * n, 0.0, 0.0),
-        "DPOP": ([-g_dpop * (1 + LAM * below)] * n, [g_dpop] * n, 0.0, 0.0),
-        "TDPO1": ([-g_1] * n, [g_1] * n, -g_1, g_1),
-        "TDPO2": ([-g_2] * n, [g_2] * n, 0.0, ALPHA * g_2),
-        "2D vanilla": ([-g_v * R_W[s] for s in SEGMENT], [g_v * R_L[s] for s in SEGMENT], 0.0, 0.0),
-        "2D-DPO": ([-g_k[s] * R_W[s] for s in SEGMENT], [g_k[s] * R_L[s] for s in SEGMENT], 0.0, 0.0),
+        "dpo": ([-g_dpo] * n, [g_dpo] * n, 0.0, 0.0),
+        "dpop": ([-g_dpop * (1 + LAM * below)] * n, [g_dpop] * n, 0.0, 0.0),
+        "tdpo1": ([-g_1] * n, [g_1] * n, -g_1, g_1),
+        "tdpo2": ([-g_2] * n, [g_2] * n, 0.0, ALPHA * g_2),
+        "2d-dpo-vanilla": ([-g_v * R_W[s] for s in SEGMENT], [g_v * R_L[s] for s in SEGMENT], 0.0, 0.0),
+        "2d-dpo": ([-g_k[s] * R_W[s] for s in SEGMENT], [g_k[s] * R_L[s] for s in SEGMENT], 0.0, 0.0),
     }
 
 
@@ -101,8 +104,8 @@ def closed_logit_form(name, forms, context, token, s, q):
     """dL/dz of one logit: -g (e - s) (DPOP 1 + lam, 2D r_k times) for a chosen token in this context, plus
     +g (e - s) for a rejected one; TDPO1 has q for s, TDPO2 (1 - alpha) s + alpha q on the rejected side."""
     chosen, rejected, _, _ = forms[name]
-    instead_w = q if name == "TDPO1" else s
-    instead_l = {"TDPO1": q, "TDPO2": (1 - ALPHA) * s + ALPHA * q}.get(name, s)
+    instead_w = q if name == "tdpo1" else s
+    instead_l = {"tdpo1": q, "tdpo2": (1 - ALPHA) * s + ALPHA * q}.get(name, s)
     value = 0.0
     for t, (where, y) in enumerate(CHOSEN):
         if where == context:
@@ -128,7 +131,7 @@ def line(label, cells):
 
 def heading(label):
     """Two lines: the losses; what stands in the two halves of a column."""
-    print((f"{label:16}" + "".join(f"  {n:^13}" for n in NAMES)).rstrip())
+    print((f"{label:16}" + "".join(f" {n:^14}" for n in NAMES)).rstrip())
     print(" " * 16 + "  autogr closed" * len(NAMES))
 
 
@@ -153,7 +156,7 @@ def show(title, policy, reference):
         for t, (_, y) in enumerate(side):
             line(f"{label:9}{y}", [(float(grads[n][i][t]), forms[n][i][t]) for n in NAMES])
     for i, label in ((2, "K_w"), (3, "K_l")):
-        found = {n: 0.0 if grads[n][i] is None else float(grads[n][i]) for n in ("TDPO1", "TDPO2")}
+        found = {n: 0.0 if grads[n][i] is None else float(grads[n][i]) for n in ("tdpo1", "tdpo2")}
         line(f"dL/d {label}", [(found[n], forms[n][i]) if n in found else None for n in NAMES])
 
     # 2. in the logits that the two responses share where their contexts are the same

@@ -1,7 +1,7 @@
 """The runs behind the claims: a reference by SFT, then preference steps with true reward and KL on the way.
 
-The loop is explicit and small; what a step does is train.Engine. B pairs, N response tokens, T columns,
-V vocabulary. A run's numbers are kept in out/claims, keyed by the run and by the code that made them.
+The loop is explicit and small; a step is train.step. B pairs, N response tokens, T columns, V vocabulary.
+A run's numbers are kept in out/claims, keyed by the run and by the code that made them.
 """
 
 import ast
@@ -15,12 +15,13 @@ import math
 import random
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the claims run as scripts, from any folder
@@ -29,13 +30,18 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from model import GPT  # noqa: E402
+from plumbing.reference import Memory, Reference, no_reference  # noqa: E402
 from toy import reviews, sums  # noqa: E402
 
 TOKENIZER = ROOT / "toy" / "toy.tiktoken"
-SOURCES = ("losses.py", "model.py", "data.py", "train.py", "runs.py", "ranks.py", "health.py",
-           "toy/reviews.py", "toy/sums.py", "experiments/replay.py")
+SOURCES = ("losses.py", "model.py", "data.py", "train.py", "plumbing/reference.py", "toy/reviews.py",
+           "toy/sums.py", "experiments/replay.py")
 MAX_NEW = {"reviews": 48, "sums": 52}  # tokens; the longest answer of the data has 33 and 47
 AT_ONCE = 64  # pairs in a forward pass
+CFG = train.Config(device="cpu", dtype="float32", micro_batch_size=AT_ONCE, micro_batch_tokens=10**9,
+                   head_tokens=4096)
+ALL = tuple(reviews.NOUNS)
+SEEN, UNSEEN = ALL[::2], ALL[1::2]  # what World.half_of_nouns trains on, and the others
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class World:
     preferred: int = 2000  # the first of them, seen by the preference runs
     held_out: int = 200
     edits: int | str = 1  # sums: digits changed in the rejected answer, or "all"
+    half_of_nouns: bool = False  # reviews: preferences about the things in SEEN only; SFT sees all
     n_layer: int = 2
     n_embd: int = 64
     sft_steps: int = 300
@@ -56,7 +63,7 @@ class World:
 @dataclass(frozen=True)
 class Run:
     world: World
-    loss: str = "dpo"  # one of train.LOSSES, or "unweighted": DPO with its gradient weight held at 1/2
+    loss: str = "dpo"  # a name in losses.LOSSES or in OTHERS
     beta: float | None = 0.1
     lam: float | None = None
     alpha: float | None = None
@@ -106,8 +113,10 @@ def merged(response):
 def encoded(world, one_segment=False):
     """(tokenizer, training pairs, held-out pairs, true margin of each training pair)."""
     tokenizer = data.Tokenizer(str(TOKENIZER))
-    parts = raw_pairs(world)
-    parts = parts[0][:world.preferred], parts[1]
+    seen, held_out = raw_pairs(world)
+    if world.half_of_nouns:
+        seen = [pair for pair in seen if reviews.PROMPT.fullmatch(pair["prompt"])[2] in SEEN]
+    parts = seen[:world.preferred], held_out
     margins = np.array([reviews.margin(pair) for pair in parts[0]]) if world.name == "reviews" else None
     loaded = []
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +147,7 @@ def reference_folder(world, store):
     Reviews: SFT on both responses, so that the pairs are samples of the reference, as DPO assumes.
     Sums: SFT on the right answers.
     """
-    world = dataclasses.replace(world, edits=1)
+    world = replace(world, edits=1, half_of_nouns=False)
     folder = Path(store, f"sft-{world.name}-{key_of(world)}")
     if folder.exists():
         return folder
@@ -152,11 +161,12 @@ def reference_folder(world, store):
         paths = Path(aside, "train.jsonl"), Path(aside, "held-out.jsonl")
         for path, pairs in zip(paths, (train_pairs, held_out), strict=True):
             path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        train.train(train.Config(
-            loss="sft", data=str(paths[0]), val_data=str(paths[1]), tokenizer=str(TOKENIZER), device="cpu",
-            out_dir=str(Path(aside, "model")), steps=world.sft_steps, lr=world.sft_lr, seed=world.seed,
-            n_layer=world.n_layer, n_embd=world.n_embd, block_size=64, micro_batch_size=64,
-            micro_batch_tokens=10**9, eval_every=0, save_every=0, log_every=100), nested=True)
+        flags = {"loss": "sft", "data": paths[0], "val_data": paths[1], "tokenizer": TOKENIZER,
+                 "device": "cpu", "out_dir": Path(aside, "model"), "steps": world.sft_steps,
+                 "lr": world.sft_lr, "seed": world.seed, "n_layer": world.n_layer, "n_embd": world.n_embd,
+                 "block_size": 64, "micro_batch_tokens": 10**6, "micro_batch_size": AT_ONCE, "eval_every": 0,
+                 "save_every": 0, "log_every": 100}
+        train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
         with contextlib.suppress(OSError):  # another process was faster
             Path(aside, "model").rename(folder)
     return folder
@@ -178,26 +188,52 @@ def unweighted_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected
     return -0.5 * beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
 
 
+def unselected_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
+                    chosen_rewards, rejected_rewards, chosen_mask, rejected_mask, *, beta):
+    """Eq. 6 of 2D-DPO with its pairing, but without its selection: the k-th segment meets the k-th."""
+    h = beta * (chosen_rewards * (chosen_logps - ref_chosen_logps)
+                - rejected_rewards * (rejected_logps - ref_rejected_logps))
+    return torch.where(chosen_mask & rejected_mask, -F.logsigmoid(h), 0.0).sum(-1)
+
+
+def weighted_sft_loss(chosen_logps, rejected_logps, chosen_rewards, rejected_rewards,
+                      chosen_mask, rejected_mask, *, beta):
+    """Reward-weighted SFT: -exp(r / beta) log pi(y|x) of both responses, r the true reward, 0 to 16.
+
+    The responses are samples of the reference, so this fits Eq. 4's policy by maximum likelihood. The weight
+    is divided by exp(16 / beta), a constant that AdamW does not see.
+    """
+    def of(logps, rewards, mask):
+        r = 16 * torch.where(mask, rewards, 0.0).sum(-1) / mask.sum(-1)
+        return -((r - 16) / beta).exp() * torch.where(mask, logps, 0.0).sum(-1)
+    return of(chosen_logps, chosen_rewards, chosen_mask) + of(rejected_logps, rejected_rewards, rejected_mask)
+
+
+# losses of these experiments only: name -> (the loss of losses.LOSSES whose data it reads, the function)
+OTHERS = {"unweighted": ("dpo", unweighted_loss), "unselected": ("2d-dpo", unselected_loss),
+          "weighted-sft": ("2d-dpo", weighted_sft_loss)}
+
+
 def mean_se(values):
     values = np.asarray(values, dtype=np.float64)
     return [float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))]
 
 
-def review_prompts(n, seed, tokenizer):
+def review_prompts(n, seed, tokenizer, nouns=ALL):
     rng = random.Random(seed)
-    texts = [f"Review the {reviews.pick(rng, reviews.ADJECTIVES)} {reviews.pick(rng, reviews.NOUNS)}:"
+    texts = [f"Review the {reviews.pick(rng, reviews.ADJECTIVES)} {reviews.pick(rng, nouns)}:"
              for _ in range(n)]
     return texts, torch.tensor([tokenizer.encode(text) for text in texts])  # (n, 5)
 
 
 @torch.no_grad()
-def sample_reviews(policy, reference, tokenizer, n, seed):
+def sample_reviews(policy, reference, tokenizer, n, seed, nouns=ALL):
     """n samples of the policy: true reward, KL(policy || reference), entropy, diversity.
 
     The KL of a response is sum_t KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t)), the full vocabulary at each
     position of a sampled response: Rao-Blackwellised, unbiased. [mean, standard error] over the samples.
     """
-    texts, prompts = review_prompts(n, seed, tokenizer)
+    texts, prompts = review_prompts(n, seed, tokenizer, nouns)
     P = prompts.shape[1]
     rewards, points, kls, entropies, valid, cut, words, replies = [], [], [], [], [], [], [], []
     generator = torch.Generator().manual_seed(seed)
@@ -224,7 +260,8 @@ def sample_reviews(policy, reference, tokenizer, n, seed):
             replies.append(reply)
     grams = [tuple(ids[i:i + 3]) for ids in words for i in range(len(ids) - 2)][:6000]
     points = np.array(points)
-    return {"reward": mean_se(rewards), "kl": mean_se(kls), "entropy": mean_se(entropies),
+    halves = [[float(np.mean(x[half::2])) for x in (rewards, kls)] for half in (0, 1)]
+    return {"reward": mean_se(rewards), "kl": mean_se(kls), "halves": halves, "entropy": mean_se(entropies),
             "helpfulness": mean_se(points[:, 0]), "relevance": mean_se(points[:, 1]),
             "distinct_3": len(set(grams)) / max(1, len(grams)), "n_grams": len(grams),
             "valid": sum(valid) / max(1, len(valid)), "cut": sum(cut) / n,
@@ -250,11 +287,7 @@ def reference_rewards(world, n, store):
 def token_logratios(policy, reference, rows):
     """(batch, log pi, log pi_ref) of the response tokens of some pairs: a Batch and two of (N,)."""
     batch = data.collate(rows)
-    row, column = batch.source
-    hidden = [m(batch.tokens, batch.positions, batch.mask())[row, column] for m in (policy, reference)]
-    logps = [losses.token_logps(m.logits(h), batch.target)
-             for m, h in zip((policy, reference), hidden, strict=True)]
-    return batch, *logps
+    return batch, *(train.response_logps(model, batch, CFG) for model in (policy, reference))
 
 
 def credit(policy, reference, pairs, eot):
@@ -269,10 +302,10 @@ def credit(policy, reference, pairs, eot):
         S = batch.scores.shape[2]
         ratio = torch.where(batch.target == eot, 0.0, logps - ref_logps)
         ratio = losses.segment_sum(ratio, batch.segment, 2 * len(rows) * S).view(len(rows), 2, S)
-        for b, side, k in zip(*torch.nonzero(batch.segment_mask, as_tuple=True), strict=True):
-            h, r = (int(x) for x in batch.scores[b, side, k])
-            total[side, h, r] += ratio[b, side, k].item()
-            count[side, h, r] += 1
+        here = batch.segment_mask.numpy()  # (B, 2, S)
+        place = (here.nonzero()[1], *batch.scores[batch.segment_mask].long().numpy().T)
+        np.add.at(total, place, ratio.numpy()[here])
+        np.add.at(count, place, 1)
     return {"sum": total.tolist(), "count": count.tolist()}
 
 
@@ -318,91 +351,76 @@ def sums_accuracy(policy, tokenizer, held_out):
 # A run
 
 
-STORES = tempfile.TemporaryDirectory()  # this process's stores of reference numbers
+MEMORIES = tempfile.TemporaryDirectory()  # what references said of the pairs, for this process's next runs
 
 
-def build(run, store):
-    """Engine, reference, tokenizer, data of a run."""
-    world = run.world
-    tokenizer, pairs, val, margins = encoded(world, run.one_segment)
-    if run.loss == "sft":
-        pairs, val = pairs.chosen_only(), val.chosen_only()
-    init = reference_folder(world, store)
-    loss = "dpo" if run.loss == "unweighted" else run.loss
-    cfg = train.Config(
-        loss=loss, beta=run.beta, lam=run.lam, alpha=run.alpha, aspect_weights=run.aspect_weights,
-        rejected_weight=run.rejected_weight, init=str(init), lr=run.lr, steps=run.steps, seed=world.seed,
-        batch_size=run.batch_size, micro_batch_size=AT_ONCE, micro_batch_tokens=10**9, device="cpu",
-        head_tokens=4096, out_dir=STORES.name)
-    train.check_flags(cfg)
-    cfg = train.fill_defaults(cfg)
-    policy, reference = (GPT.from_pretrained(str(init)) for _ in range(2))
-    reference.requires_grad_(False)
-    engine = train.Engine(cfg, policy, None if loss == "sft" else reference,
-                          pairs.score_maximum() if pairs.n_aspects else None)
-    if run.loss == "unweighted":
-        engine.loss = unweighted_loss
-    if loss != "sft":
-        kind = f"{world.name}-{world.seed}-{world.edits}-{run.one_segment}-{engine.needs_kl}"
-        folder = Path(STORES.name, kind)
-        folder.mkdir(exist_ok=True)
-        with quiet():
-            for split, part in (("train", pairs), ("val", val)):
-                micros = data.micro_batches(part, np.arange(len(part)), AT_ONCE)
-                train.store_reference(engine, part, micros, split, folder, init.name)
-    return engine, reference, tokenizer, pairs, val, margins
+def reference_of(model, run, pairs, cfg):
+    """The reference of a run; runs on the same pairs share its memory."""
+    folder = Path(MEMORIES.name, f"{key_of(run.world)}-{run.one_segment}")
+    folder.mkdir(exist_ok=True)
+    return Reference(model, partial(train.hidden_states, model, cfg=cfg),
+                     partial(train.response_logps, model, cfg=cfg), Memory(folder, pairs, cfg.dtype))
 
 
-def gradient_weights(run, row, margins, index):
-    """sigma(r_l - r_w) of a step's pairs: mean, on pairs the policy ranks wrong and right, and by label."""
-    h = run.beta * ((row["chosen_logps"] - row["ref_chosen_logps"])
-                    - (row["rejected_logps"] - row["ref_rejected_logps"])).double().numpy()
+def gradient_weights(run, terms, margins):
+    """sigma(r_l - r_w) of a step's pairs: [sum, count] of all, and by whether the label is true."""
+    h = run.beta * ((terms["chosen_logps"] - terms["ref_chosen_logps"])
+                    - (terms["rejected_logps"] - terms["ref_rejected_logps"])).double().numpy()
     weight = 1 / (1 + np.exp(h))
-    groups = {"all": np.ones(len(h), bool), "wrong": h < 0, "right": h > 0}
+    groups = {"all": np.ones(len(h), bool)}
     if margins is not None:
-        groups |= {"label_false": margins[index] < 0, "label_true": margins[index] > 0}
+        margin = margins[terms["pair"].numpy()]
+        groups |= {"label_false": margin < 0, "label_true": margin > 0}
     return {name: [float(weight[g].sum()), int(g.sum())] for name, g in groups.items()}
 
 
 def replay(run, store):
     """Train a run and measure it at its checkpoints; returns plain JSON."""
-    clock, cpu = time.perf_counter(), time.process_time()
-    engine, reference, tokenizer, pairs, val, margins = build(run, store)
-    policy, seed = engine.policy, run.world.seed
-    sentences = encoded(run.world)[2]  # of held-out pairs, whatever segments the run itself sees
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=run.lr, weight_decay=0.0, fused=True)
+    world, seed = run.world, run.world.seed
+    tokenizer, pairs, val, margins = encoded(world, run.one_segment)
+    sentences = encoded(world)[2]  # of held-out pairs, whatever segments the run itself sees
+    name, loss = OTHERS.get(run.loss) or (run.loss, losses.LOSSES[run.loss])
+    cfg = replace(CFG, loss=name, beta=run.beta, lam=run.lam, alpha=run.alpha, lr=run.lr, seed=seed,
+                  aspect_weights=run.aspect_weights, rejected_weight=run.rejected_weight)
+    maximum = pairs.score_maximum() if pairs.n_aspects else None
+    pairs, val = (train.as_read(part, cfg, maximum) for part in (pairs, val))
+    policy, model = (GPT.from_pretrained(str(reference_folder(world, store))) for _ in range(2))
+    reference = no_reference if name == "sft" else reference_of(model.requires_grad_(False), run, pairs, cfg)
+    optimizer = train.make_optimizer(policy, cfg)
+    prompts = {"samples": SEEN, "unseen": UNSEEN} if world.half_of_nouns else {"samples": ALL}
     checkpoints, weights = [], []
     for step in range(run.steps + 1):
         if step in run.checkpoints:
-            record = {"step": step, "held_out": train.evaluate(engine, val)}
-            if run.world.name == "sums":
+            record = {"step": step, "held_out": train.evaluate(policy, reference, val, cfg)}
+            if world.name == "sums":
                 record |= {"accuracy": sums_accuracy(policy, tokenizer, val),
-                           "chosen": parts_of_chosen(policy, reference, val)}
-            else:
-                if step:
-                    record["samples"] = sample_reviews(policy, reference, tokenizer, run.samples, 9000 + seed)
-                    record["credit"] = credit(policy, reference, sentences, tokenizer.eot)
-                else:  # every run of a seed starts there
-                    record["samples"] = first_samples(run.world, run.samples, store)
+                           "chosen": parts_of_chosen(policy, model, val)}
+            elif run.samples:
+                for kind, nouns in prompts.items():
+                    record[kind] = (
+                        sample_reviews(policy, model, tokenizer, run.samples, 9000 + seed, nouns) if step
+                        else first_samples(world, run.samples, store, nouns))  # every run starts there
+                record["credit"] = credit(policy, model, sentences, tokenizer.eot)
             checkpoints.append(record)
         if step == run.steps:
             break
         index = data.step_indices(len(pairs), run.batch_size, seed, step)
-        scale = 1 / (int(pairs.rows[index, 2].sum()) if run.loss == "sft" else len(index))
-        row = engine.run_pairs(pairs, index, "train", scale)
-        if "ref_chosen_logps" in row:
-            weights.append(gradient_weights(run, row, margins, index))
+        scale = 1 / train.count(pairs, index, loss)
+        terms = train.joined([train.step(policy, reference, batch, loss, scale, cfg)
+                              for batch in train.batches(pairs, index, cfg, policy)], len(index))
+        if "ref_chosen_logps" in terms:
+            weights.append(gradient_weights(run, terms, margins))
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = run.lr * min(1, (step + 1) / 10)  # train.py's warm-up
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {"checkpoints": checkpoints, "weights": weights, "wall_s": time.perf_counter() - clock,
-            "cpu_s": time.process_time() - cpu}
+    return {"checkpoints": checkpoints, "weights": weights}
 
 
 @functools.lru_cache(maxsize=8)
-def first_samples(world, n, store):
+def first_samples(world, n, store, nouns):
     """What sample_reviews says of the reference."""
     reference = GPT.from_pretrained(str(reference_folder(world, store)))
-    return sample_reviews(reference, reference, data.Tokenizer(str(TOKENIZER)), n, 9000 + world.seed)
+    tokenizer = data.Tokenizer(str(TOKENIZER))
+    return sample_reviews(reference, reference, tokenizer, n, 9000 + world.seed, nouns)

@@ -1,34 +1,33 @@
-"""Claim 5: 2D-DPO. Which sentences each loss moves, reward by aspect, and the push on the worst sentences.
+"""Claim 5: 2D-DPO. Credit and reward at equal KL, Eq. 6's selection, and the push on the worst sentences.
 
     python experiments/segments.py [--quick]
 """
 
-import math
 import sys
-import warnings
 
 import numpy as np
 import torch
-from common import band, cell, checkpoint, figure, main, save, table
+from common import COLOURS, band, bars, cell, checkpoint, figure, main, reaches, save, series, table, versus
 from replay import data, encoded, losses
 
 NAME, TITLE = "segments", "Claim 5. Segments and aspects (2D-DPO)"
-RELEVANCE = (0, 1, 3, 4)  # 2 does not occur
-VARIANTS = {  # name -> (loss, knobs, label)
-    "dpo": ("dpo", {}, "DPO, no scores"),
-    "aspects": ("2d-dpo-vanilla", {"one_segment": True}, "aspects only (1 segment)"),
-    "vanilla": ("2d-dpo-vanilla", {}, "vanilla = segments only"),
-    "badness": ("2d-dpo-vanilla", {"rejected_weight": "badness"}, "vanilla, badness"),
-    "grouped": ("2d-dpo", {}, "grouped (Eq. 6)"),
-    "helpfulness": ("2d-dpo", {"aspect_weights": (1.0, 0.0)}, "grouped, helpfulness"),
-    "relevance": ("2d-dpo", {"aspect_weights": (0.0, 1.0)}, "grouped, relevance")}
+BETA = 0.1
+VARIANTS = {  # name -> (loss, knobs, label, colour)
+    "dpo": ("dpo", {}, "DPO, no scores", COLOURS["dpo"]),
+    "aspects": ("2d-dpo-vanilla", {"one_segment": True}, "aspects only (1 segment)", "#e377c2"),
+    "vanilla": ("2d-dpo-vanilla", {}, "vanilla = segments only", COLOURS["2d-dpo-vanilla"]),
+    "badness": ("2d-dpo-vanilla", {"rejected_weight": "badness"}, "vanilla, badness", COLOURS["badness"]),
+    "grouped": ("2d-dpo", {}, "Eq. 6", COLOURS["2d-dpo"]),
+    "unselected": ("unselected", {}, "Eq. 6 without selection", COLOURS["unselected"]),
+    "helpfulness": ("2d-dpo", {"aspect_weights": (1.0, 0.0)}, "Eq. 6, helpfulness", "#c7a000"),
+    "relevance": ("2d-dpo", {"aspect_weights": (0.0, 1.0)}, "Eq. 6, relevance", "#a05a00")}
 BAD, GOOD = (0, 2), (6, 8)  # helpfulness + relevance of a sentence
-SHOWN = {"dpo": "#1f77b4", "vanilla": "#2ca02c", "badness": "#d62728", "grouped": "#ff7f0e"}
+SHOWN = ("dpo", "vanilla", "badness", "grouped")
 
 
 def run_of(setting, seed, name):
-    loss, knobs, _ = VARIANTS[name]
-    return setting.review_run(seed, loss, 0.1, **knobs)
+    loss, knobs, _, _ = VARIANTS[name]
+    return setting.review_run(seed, loss, BETA, **knobs)
 
 
 def runs(setting):
@@ -61,22 +60,6 @@ def asked(world):
     return pushes
 
 
-def by_level(credit, side):
-    """Mean log-ratio of the held-out sentences of a side by h + r, 0 to 8; None for none."""
-    totals = {k: [0.0, 0] for k in range(9)}
-    for h in range(5):
-        for r in range(5):
-            totals[h + r][0] += credit["sum"][side][h][r]
-            totals[h + r][1] += credit["count"][side][h][r]
-    return [total / count if count else None for total, count in totals.values()]
-
-
-def cells_of(credit):
-    """Mean log-ratio of the held-out sentences of each helpfulness and relevance, (5, 5), NaN for none."""
-    total, count = (np.sum(credit[key], axis=0) for key in ("sum", "count"))
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
 def pooled(credit, low, high):
     """Mean log-ratio of the held-out sentences with low <= h + r <= high, on either side."""
     score = np.add.outer(np.arange(5), np.arange(5))
@@ -85,75 +68,88 @@ def pooled(credit, low, high):
     return float(total / count) if count else 0.0
 
 
-def state_of(samples):
-    """A table's cells from one record of samples a seed."""
-    means = [cell([s[key][0] for s in samples]) for key in ("helpfulness", "relevance", "reward", "kl")]
-    return [*means, cell([s["valid"] for s in samples])]
+PICKS = {"kl": lambda c: c["samples"]["kl"][0], "reward": lambda c: c["samples"]["reward"][0],
+         "credit": lambda c: pooled(c["credit"], *GOOD) - pooled(c["credit"], *BAD),
+         "helpfulness": lambda c: c["samples"]["helpfulness"][0],
+         "relevance": lambda c: c["samples"]["relevance"][0]}
 
 
 def summarise(setting, results):
     pushes = [asked(setting.review_run(seed).world) for seed in setting.seeds]
-    maps, levels, rows, moved = {}, {}, [], []
-    drawn, last = setting.run.checkpoints[len(setting.run.checkpoints) // 2], setting.run.steps
-    for name, (_, _, label) in VARIANTS.items():
+    traces, last, n = {}, [], range(len(setting.seeds))
+    for name, (_, _, label, _) in VARIANTS.items():
         seeds = [results[run_of(setting, seed, name)] for seed in setting.seeds]
-        records = [checkpoint(r, drawn) for r in seeds]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a cell without a sentence stays empty
-            cells = np.nanmean([cells_of(r["credit"]) for r in records], axis=0)[:, RELEVANCE]
-        maps[name] = [[None if np.isnan(x) else float(x) for x in row] for row in cells]
-        levels[name] = [by_level(r["credit"], 1) for r in records]  # of rejected sentences
-        bad, good = ([pooled(r["credit"], *bounds) for r in records] for bounds in (BAD, GOOD))
-        moved.append([label, cell(bad), cell(good), cell([g - b for b, g in zip(bad, good, strict=True)])])
-        for step in (drawn, last):
-            rows.append([label, step, *state_of([checkpoint(r, step)["samples"] for r in seeds])])
-    start = [checkpoint(results[run_of(setting, seed, "dpo")], 0)["samples"] for seed in setting.seeds]
-    rows.insert(0, ["reference", 0, *state_of(start)])
+        traces[name] = {"steps": series(seeds, PICKS["kl"])[0]}
+        traces[name] |= {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
+        valid = [checkpoint(r)["samples"]["valid"] for r in seeds]
+        last.append([label, *(cell([row[-1] for row in traces[name][key]]) for key in PICKS), cell(valid)])
+    equal = {key: {name: {f"{level:g}": [reaches(t["kl"][i], t[key][i], level) for i in n]
+                          for level in setting.levels} for name, t in traces.items()} for key in PICKS}
+    rows = []
+    for one, other in (("grouped", "dpo"), ("vanilla", "dpo"), ("badness", "dpo"), ("vanilla", "aspects"),
+                       ("grouped", "vanilla"), ("grouped", "unselected")):
+        for key, what in (("reward", "true reward"), ("credit", "good − bad, nats")):
+            of = equal[key]
+            rows.append([f"{VARIANTS[one][2]} − {VARIANTS[other][2]}", what,
+                         *(versus(of[one][level], of[other][level]) for level in of[one])])
+    for key in ("helpfulness", "relevance"):
+        of = equal[key]
+        rows.append(["Eq. 6, W on helpfulness − W on relevance", f"{key} of samples",
+                     *(versus(of["helpfulness"][level], of["relevance"][level]) for level in of["dpo"])])
     asked_rows = [[VARIANTS[name][2], *(cell([p[name][k] for p in pushes]) for k in (0, 2, 4, 6, 8))]
                   for name in SHOWN]
-    tables = [
-        table("Samples, β 0.1: true score of each aspect (0 to 4, mean over sentences; standard error "
-              f"{max(r['helpfulness'][1] for r in start):.2f}), reward, KL; mean [least, most] over seeds. W "
-              "is uniform but in the last two",
-              ["", "step", "helpfulness", "relevance", "true reward", "KL, nats", "in the grammar"], rows),
-        table(f"Credit: mean log-ratio of held-out sentences at step {drawn}, nats: bad (scores sum to 0–2 "
-              "of 8) and good (6–8)", ["", "bad sentences", "good sentences", "good − bad"], moved),
+    level = f"{setting.levels[(len(setting.levels) - 1) // 2]:g}"
+
+    def less(key, one, other):
+        return f"{versus(equal[key][one][level], equal[key][other][level])} (KL {level})"
+
+    verdicts = [["Segment scores sharpen the credit",
+                 f"good − bad, Eq. 6 − DPO: {less('credit', 'grouped', 'dpo')}"],
+                ["Segments beat aspects alone",
+                 f"reward, vanilla − aspects: {less('reward', 'vanilla', 'aspects')}"],
+                ["Grouping beats vanilla",
+                 f"reward, Eq. 6 − vanilla: {less('reward', 'grouped', 'vanilla')}"],
+                ["Eq. 6's selection matters",
+                 f"with − without: reward {less('reward', 'grouped', 'unselected')}; "
+                 f"good − bad {less('credit', 'grouped', 'unselected')}"]]
+    return {"verdicts": verdicts, "traces": traces, "equal": equal, "asked": pushes, "tables": [
+        table(f"At equal KL(π‖π_ref) of samples, β {BETA:g}: paired differences by seed, ± 95 % interval; "
+              "between neighbours of 12 checkpoints. good − bad: the mean log-ratio of good held-out "
+              "sentences (scores sum to 6–8 of 8) less that of bad ones (0–2)",
+              ["", "quantity", *(f"KL {level:g}" for level in setting.levels)], rows),
+        table(f"Step {setting.run.steps}: samples and credit, mean ± 95 % interval over seeds. W is uniform "
+              "but in the last two",
+              ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance",
+                               "in the grammar"], last),
         table("The push down that the loss asks of a rejected sentence at π = π_ref, by its score, in units "
-              "of β/2 (DPO: 1)", ["", *(f"score {k}/8" for k in (0, 2, 4, 6, 8))], asked_rows)]
-    return {"maps": maps, "levels": levels, "asked": pushes, "step": drawn, "tables": tables}
+              "of β/2 (DPO: 1)", ["", *(f"score {k}/8" for k in (0, 2, 4, 6, 8))], asked_rows)]}
 
 
 def draw(s, path):
-    fig, axes = figure(2, 5, width=3, height=3.1)
-    panels = [*axes[0, :4], *axes[1, :3]]
-    most = max(abs(x) for m in s["maps"].values() for row in m for x in row if x is not None)
-    for axis, (name, cells) in zip(panels, s["maps"].items(), strict=True):
-        values = np.array(cells, dtype=float)
-        image = axis.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
-        for h in range(5):
-            for r in range(len(RELEVANCE)):
-                if not math.isnan(values[h, r]):
-                    axis.text(r, h, f"{values[h, r]:+.1f}", ha="center", va="center", fontsize=6.5,
-                              color="white" if abs(values[h, r]) > 0.6 * most else "black")
-        axis.grid(False)
-        axis.set(title=VARIANTS[name][2], xticks=range(4), xticklabels=RELEVANCE, yticks=range(5),
-                 xlabel="relevance")
-        axis.title.set_fontsize(9)
-    for axis in axes[:, 0]:
-        axis.set(ylabel="helpfulness")
-    axes[1, 3].axis("off")
-    bar = fig.colorbar(image, cax=axes[1, 3].inset_axes([0.35, 0.02, 0.12, 0.96]))
-    bar.set_label(f"log-ratio of a held-out\nsentence, nats (step {s['step']})")
-    for name, colour in SHOWN.items():
-        for axis, values in ((axes[0, 4], [p[name] for p in s["asked"]]), (axes[1, 4], s["levels"][name])):
-            band(axis, range(9), values, VARIANTS[name][2], colour, marker=".")
-    axes[0, 4].set(title="push down on a rejected sentence:\nasked by the loss, at π = π_ref",
-                   ylabel="units of β/2")
-    axes[1, 4].set(title=f"done by step {s['step']}", ylabel="its log-ratio, nats")
-    axes[1, 4].legend(fontsize=6.5)
-    for axis in axes[:, 4]:
-        axis.set(xlabel="its score, helpfulness + relevance", xticks=(0, 2, 4, 6, 8))
-        axis.title.set_fontsize(9)
+    fig, axes = figure(1, 3, width=4.4, height=3.6)
+    grid = np.linspace(0.02, 1.0, 40)
+    for name in (*SHOWN, "unselected"):
+        t, (_, _, label, colour) = s["traces"][name], VARIANTS[name]
+        curves = [[reaches(kl, credit, x) for x in grid]
+                  for kl, credit in zip(t["kl"], t["credit"], strict=True)]
+        band(axes[0, 0], grid, curves, label, colour)
+    axes[0, 0].set(title="credit at equal KL", xlabel="KL(policy ‖ reference), nats",
+                   ylabel="log-ratio, good − bad sentences, nats")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    level = list(s["equal"]["reward"]["dpo"])[len(s["equal"]["reward"]["dpo"]) // 2]
+    of, rows = s["equal"]["reward"], {}
+    for name in VARIANTS:
+        if name != "dpo":
+            pairs = zip(of[name][level], of["dpo"][level], strict=True)
+            rows[VARIANTS[name][2]] = ([a - b for a, b in pairs if a is not None and b is not None],
+                                       VARIANTS[name][3])
+    bars(axes[0, 1], rows)
+    axes[0, 1].set(title=f"reward at KL {level}, less DPO's", xlabel="paired by seed (95 %)")
+    for name in SHOWN:
+        band(axes[0, 2], range(9), [p[name] for p in s["asked"]], VARIANTS[name][2], VARIANTS[name][3],
+             marker="o")
+    axes[0, 2].set(title="push down asked at π = π_ref", ylabel="units of β/2", xticks=(0, 2, 4, 6, 8),
+                   xlabel="score of the rejected sentence (0 worst, 8 best)")
     save(fig, path)
 
 

@@ -1,4 +1,4 @@
-"""Claim 4: TDPO's Fig. 3. Sequential KL of chosen and rejected over training, and diversity at equal reward.
+"""Claim 4: TDPO's Fig. 3. Sequential KL of chosen and rejected, and reward and diversity at equal KL.
 
     python experiments/seqkl.py [--quick]
 """
@@ -7,29 +7,29 @@ import sys
 
 import matplotlib
 import numpy as np
-from common import COLOURS, band, cell, checkpoint, figure, main, save, series, table
+from common import COLOURS, band, bars, cell, checkpoint, figure, main, reaches, save, series, table, versus
 
 NAME, TITLE = "seqkl", "Claim 4. Sequential KL and diversity (TDPO, Fig. 3)"
-BETAS = (0.1, 1.0)  # the papers', and the one at which the runs stay near the reference
+BETA = 1.0  # at which the runs stay near the reference
 
 
 def variants(setting):
     """name -> (loss, knobs, label, colour)."""
-    greens = matplotlib.colormaps["Greens"](np.linspace(0.4, 0.95, len(setting.alphas)))
-    names = {"dpo": ("dpo", {}, "DPO", COLOURS["dpo"]), "tdpo1": ("tdpo1", {}, "TDPO1", COLOURS["tdpo1"])}
-    return names | {f"tdpo2-{alpha:g}": ("tdpo2", {"alpha": alpha}, f"TDPO2, α {alpha:g}",
-                                         matplotlib.colors.to_hex(colour))
-                    for alpha, colour in zip(setting.alphas, greens, strict=True)}
+    greens = [matplotlib.colors.to_hex(c)
+              for c in matplotlib.colormaps["Greens"](np.linspace(0.4, 0.95, len(setting.alphas)))]
+    return {"dpo": ("dpo", {}, "DPO", COLOURS["dpo"]), "tdpo1": ("tdpo1", {}, "TDPO1", COLOURS["tdpo1"])} | {
+        f"tdpo2-{alpha:g}": ("tdpo2", {"alpha": alpha}, f"TDPO2, α {alpha:g}",
+                             COLOURS["tdpo2"] if alpha == 0.5 else green)
+        for alpha, green in zip(setting.alphas, greens, strict=True)}
 
 
-def run_of(setting, seed, name, beta):
+def run_of(setting, seed, name):
     loss, knobs, _, _ = variants(setting)[name]
-    return setting.review_run(seed, loss, beta, **knobs)
+    return setting.review_run(seed, loss, BETA, **knobs)
 
 
 def runs(setting):
-    return [run_of(setting, seed, name, beta) for seed in setting.seeds for beta in BETAS
-            for name in variants(setting)]
+    return [run_of(setting, seed, name) for seed in setting.seeds for name in variants(setting)]
 
 
 PICKS = {"chosen_kl": lambda c: c["held_out"]["kl/ref_policy_chosen"],
@@ -39,78 +39,75 @@ PICKS = {"chosen_kl": lambda c: c["held_out"]["kl/ref_policy_chosen"],
          "accuracy": lambda c: c["held_out"]["rewards/accuracies"]}
 
 
-AT_EQUAL_REWARD = ("entropy", "distinct_3", "kl", "chosen_kl", "rejected_kl")
-
-
-def at_reward(trace, seed, key, target):
-    """A quantity where a run first reaches a reward, between two checkpoints; None where it never does."""
-    reward, values = trace["reward"][seed], trace[key][seed]
-    for i in range(1, len(reward)):
-        if reward[i - 1] < target <= reward[i]:
-            share = (target - reward[i - 1]) / (reward[i] - reward[i - 1])
-            return float(values[i - 1] + share * (values[i] - values[i - 1]))
-    return None
-
-
 def summarise(setting, results):
-    traces, rows, equal = {}, [], []
-    for beta in BETAS:
-        for name, (_, _, label, _) in variants(setting).items():
-            seeds = [results[run_of(setting, seed, name, beta)] for seed in setting.seeds]
-            trace = {}
-            for key, pick in PICKS.items():
-                trace["steps"], values = series(seeds, pick)
-                trace[key] = values.tolist()
-            traces.setdefault(f"{beta:g}", {})[name] = trace
-            last = [checkpoint(r) for r in seeds]
-            c, r = ([PICKS[k](x) for x in last] for k in ("chosen_kl", "rejected_kl"))
-            gap = [b - a for a, b in zip(c, r, strict=True)]
-            rows.append([f"{beta:g}", label, cell(c), cell(r), cell(gap),
-                         *(cell([PICKS[key](x) for x in last]) for key in ("kl", "reward", "accuracy"))])
+    traces, n = {}, len(setting.seeds)
+    for name in variants(setting):
+        seeds = [results[run_of(setting, seed, name)] for seed in setting.seeds]
+        steps = series(seeds, PICKS["kl"])[0]
+        traces[name] = {"steps": steps} | {k: series(seeds, pick)[1].tolist() for k, pick in PICKS.items()}
     # a reward that every variant reaches, seed by seed: half-way to the lowest of their peaks
-    here, targets = traces[f"{BETAS[-1]:g}"], []
-    for i in range(len(setting.seeds)):
-        start = here["dpo"]["reward"][i][0]
-        targets.append((start + min(max(t["reward"][i]) for t in here.values())) / 2)
+    targets = [(traces["dpo"]["reward"][i][0] + min(max(t["reward"][i]) for t in traces.values())) / 2
+               for i in range(n)]
+    equal_reward = {name: [reaches(t["reward"][i], t["kl"][i], targets[i]) for i in range(n)]
+                    for name, t in traces.items()}
+    equal_kl = {key: {name: {f"{level:g}": [reaches(t["kl"][i], t[key][i], level) for i in range(n)]
+                             for level in setting.levels} for name, t in traces.items()}
+                for key in ("reward", "entropy", "distinct_3")}
+    last, same = [], []
     for name, (_, _, label, _) in variants(setting).items():
-        equal.append([label, *(cell([at_reward(here[name], i, key, target)
-                                     for i, target in enumerate(targets)], 3) for key in AT_EQUAL_REWARD)])
-    start = [checkpoint(results[run_of(setting, seed, "dpo", BETAS[-1])], 0) for seed in setting.seeds]
-    equal.append(["reference, at its own reward", *(cell([PICKS[key](x) for x in start], 3)
-                                                    for key in AT_EQUAL_REWARD)])
-    tables = [
-        table(f"Step {setting.run.steps}, held-out pairs: sequential KL(π_ref‖π) of chosen and rejected, "
-              "nats; samples: KL(π‖π_ref), true reward; mean [least, most] over seeds",
-              ["β", "", "SeqKL chosen", "SeqKL rejected", "difference", "KL of samples", "true reward",
-               "accuracy"], rows),
-        table(f"At equal true reward ({cell(targets)}: half-way from the reference to the lowest peak), "
-              f"β {BETAS[-1]:g}, between checkpoints by linear interpolation",
-              ["", "entropy, nats per token", "distinct 3-grams, share", "KL(π‖π_ref)", "SeqKL chosen",
-               "SeqKL rejected"], equal)]
-    return {"traces": traces, "targets": targets, "tables": tables,
-            "variants": {name: v[2:] for name, v in variants(setting).items()}}
+        ends = {key: [row[-1] for row in traces[name][key]] for key in PICKS}
+        gap = versus(ends["rejected_kl"], ends["chosen_kl"], 3)
+        against = versus(ends["chosen_kl"], [row[-1] for row in traces["dpo"]["chosen_kl"]])
+        last.append([label, cell(ends["chosen_kl"]), "–" if name == "dpo" else against, gap,
+                     *(cell(ends[key]) for key in ("kl", "reward", "accuracy"))])
+        same.append([label, cell(equal_reward[name], 3), "–" if name == "dpo" else
+                     versus(equal_reward[name], equal_reward["dpo"], 3)])
+    pairs = [[variants(setting)[name][2], key.replace("distinct_3", "distinct 3-grams"),
+              *(versus(of[name][level], of["dpo"][level], 3) for level in of["dpo"])]
+             for key, of in equal_kl.items() for name in of if name != "dpo"]
+    first = [checkpoint(results[run_of(setting, seed, "dpo")], 0)["samples"] for seed in setting.seeds]
+    ends = {name: {key: [row[-1] for row in t[key]] for key in PICKS} for name, t in traces.items()}
+    lower = versus(ends["tdpo2-0.5"]["chosen_kl"], ends["dpo"]["chosen_kl"])
+    verdicts = [["TDPO2 holds the sequential KL down", f"of chosen, α 0.5 − DPO: {lower}"],
+                ["TDPO1 lets SeqKL of rejected stay below that of chosen", "rejected − chosen: "
+                 + versus(ends["tdpo1"]["rejected_kl"], ends["tdpo1"]["chosen_kl"], 3)],
+                ["TDPO2 needs less KL for the same reward", "KL at equal reward, α 0.5 − DPO: "
+                 + versus(equal_reward["tdpo2-0.5"], equal_reward["dpo"], 3)]]
+    return {"verdicts": verdicts, "traces": traces, "targets": targets,
+            "equal_reward": equal_reward, "equal_kl": equal_kl,
+            "variants": {name: v[2:] for name, v in variants(setting).items()}, "tables": [
+        table(f"Step {setting.run.steps}, β {BETA:g}, held-out pairs: sequential KL(π_ref‖π), nats; samples: "
+              "KL(π‖π_ref), true reward; mean ± 95 % interval over seeds",
+              ["", "SeqKL chosen", "less DPO's, paired", "rejected − chosen, paired", "KL of samples",
+               "true reward", "accuracy"], last),
+        table(f"KL(π‖π_ref) where a run first reaches a true reward of {cell(targets)} (each seed's own: "
+              "half-way to the lowest peak), linearly between neighbours of 12 checkpoints",
+              ["", "KL, nats", "less DPO's, paired"], same),
+        table("At equal KL, less DPO's, paired by seed, ± 95 % interval (reference: entropy "
+              f"{cell([x['entropy'][0] for x in first], 3)} nats per token, distinct 3-grams "
+              f"{cell([x['distinct_3'] for x in first], 3)})",
+              ["", "quantity", *(f"KL {level:g}" for level in setting.levels)], pairs)]}
 
 
 def draw(s, path):
-    fig, axes = figure(3, 3, width=4, height=2.9)
-    for row, beta in zip(axes[:2], s["traces"], strict=True):
-        for name, trace in s["traces"][beta].items():
+    fig, axes = figure(1, 3, width=4.3, height=3.5)
+    for name, trace in s["traces"].items():
+        label, colour = s["variants"][name]
+        band(axes[0, 0], trace["steps"], trace["chosen_kl"], label, colour)
+        gap = np.array(trace["rejected_kl"]) - np.array(trace["chosen_kl"])
+        band(axes[0, 1], trace["steps"], gap, label, colour)
+    axes[0, 0].set(title="α holds the sequential KL down", xlabel="step", ylabel="SeqKL of chosen, nats")
+    axes[0, 0].legend(fontsize=8, loc="upper left")
+    axes[0, 1].axhline(0, color="grey", linewidth=0.8, linestyle="--")
+    axes[0, 1].set(title="rejected − chosen", xlabel="step", ylabel="difference of SeqKL, nats")
+    rows = {}
+    for name, values in s["equal_reward"].items():
+        if name != "dpo":
             label, colour = s["variants"][name]
-            chosen, rejected = np.array(trace["chosen_kl"]), np.array(trace["rejected_kl"])
-            for axis, values in zip(row, (chosen, rejected, rejected - chosen), strict=True):
-                band(axis, trace["steps"], values, label, colour, marker=".")
-        for axis, title in zip(row, ("chosen", "rejected", "rejected − chosen"), strict=True):
-            axis.set(title=f"{title}, β {beta}", xlabel="step", ylabel="SeqKL(ref ‖ policy), nats")
-    axes[0, 0].legend(fontsize=7)
-    beta = list(s["traces"])[-1]
-    panels = (("kl", "reward", "KL(policy ‖ reference), nats", "true reward"),
-              ("reward", "entropy", "true reward", "entropy, nats per token"),
-              ("reward", "distinct_3", "true reward", "distinct 3-grams, share"))
-    for axis, (x, y, x_label, y_label) in zip(axes[2], panels, strict=True):
-        for name, trace in s["traces"][beta].items():
-            for xs, ys in zip(trace[x], trace[y], strict=True):
-                axis.plot(xs, ys, color=s["variants"][name][1], marker=".", linewidth=0.8)
-        axis.set(xlabel=x_label, ylabel=y_label, title=f"along training, β {beta}, a line a seed")
+            pairs = zip(values, s["equal_reward"]["dpo"], strict=True)
+            rows[label] = [a - b for a, b in pairs if a is not None and b is not None], colour
+    bars(axes[0, 2], rows)
+    axes[0, 2].set(title="KL at equal reward, less DPO's", xlabel="nats, paired by seed (95 %)")
     save(fig, path)
 
 

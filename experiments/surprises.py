@@ -1,4 +1,4 @@
-"""Claim 6: what a reader would not expect and the runs of the other claims show.
+"""Claim 7: what a reader would not expect and the runs of the other claims show.
 
     python experiments/surprises.py [--quick]
 """
@@ -7,16 +7,18 @@ import math
 import sys
 
 import edit_distance
-import frontier
 import numpy as np
 import weight
 from common import band, cell, checkpoint, figure, main, save, series, table
 
-NAME, TITLE = "surprises", "Claim 6. What one would not expect"
+NAME, TITLE = "surprises", "Claim 7. What one would not expect"
 
 
 def dpo_runs(setting, seed):
-    return {beta: frontier.frontier_runs(setting, seed)["dpo", beta] for beta in setting.betas}
+    """{beta: run}; those that are not on the frontier are sampled at the end only."""
+    ends = {"checkpoints": (0, setting.run.steps)}
+    return {beta: setting.review_run(seed, "dpo", beta, **({} if beta in setting.betas else ends))
+            for beta in setting.many_betas}
 
 
 def one_edit(setting, seed):
@@ -28,7 +30,7 @@ def long_dpo(setting, seed):
 
 
 def grouped(setting, seed):
-    return frontier.frontier_runs(setting, seed)["2d-dpo", setting.betas[0]]
+    return setting.review_run(seed, "2d-dpo", setting.betas[0])
 
 
 def runs(setting):
@@ -43,8 +45,8 @@ def summarise(setting, results):
     accuracy = series(ones, lambda c: c["held_out"]["rewards/accuracies"])[1]
     right = series(ones, lambda c: c["accuracy"][0])[1]
     kl = {beta: [checkpoint(results[dpo_runs(setting, seed)[beta]])["samples"]["kl"][0]
-                 for seed in setting.seeds] for beta in setting.betas}
-    low, high = setting.betas[0], setting.betas[-1]
+                 for seed in setting.seeds] for beta in setting.many_betas}
+    low, high = setting.many_betas[0], setting.many_betas[-1]
     dpo = [results[long_dpo(setting, seed)] for seed in setting.seeds]
     review_steps, loss = series(dpo, lambda c: c["held_out"]["loss"])
     reward = series(dpo, lambda c: c["samples"]["reward"][0])[1]
@@ -72,7 +74,7 @@ def summarise(setting, results):
         ["", "step of the best checkpoint, a seed each", ", ".join(str(review_steps[i]) for i in best)]]
     return {"steps": steps, "chosen": chosen.tolist(), "accuracy": accuracy.tolist(), "kl": list(kl.items()),
             "review_steps": review_steps, "reward": reward.tolist(), "loss": loss.tolist(), "paired": paired,
-            "tables": [table("Three lines each; mean [least, most] over seeds",
+            "tables": [table("Three lines each; mean ± 95 % interval over seeds",
                              ["surprise", "number", "value"], rows)]}
 
 

@@ -1,6 +1,6 @@
 """Time and memory of a step, beside other implementations: python experiments/throughput.py [--peer tdpo] ...
 
-Our step is train.Engine.run_pairs and AdamW, as train.py calls them; nothing of it is written again here.
+Our step is train.step and AdamW, as train.py calls them; nothing of it is written again here.
     classic   two models, a row for each response, the logits of every position, log_softmax over all of
               them: the shape of eric-mitchell/direct-preference-optimization
     tdpo      the same with both full softmaxes for the KL: the shape of the official TDPO code
@@ -15,13 +15,15 @@ both. Their losses must agree at every step.
     python experiments/throughput.py --scaling                      -> experiments/figures/throughput.png
     python experiments/throughput.py --profile                      trunk, head, optimizer, data
 
-tokens/s counts response tokens; TFLOP and MFU count useful work only (train.useful_flops), MFU against the
-fastest matrix product seen in the same run. CPU s is what all threads used: less than cores x time where
+tokens/s counts response tokens; TFLOP and MFU count useful work only (useful_flops), MFU against the matrix
+product of the same process. CPU s is what all threads used: less than cores x time where
 other processes had the cores.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -29,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +44,8 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from plumbing import flags, machine  # noqa: E402
+from plumbing.reference import Memory, Reference  # noqa: E402
 
 SIZES = {"4x256": (4, 4, 256), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "tiny": (2, 2, 64)}
 LENGTHS = {"long": ((128, 128), (64, 256)),  # prompt, response: fewest and most tokens
@@ -85,7 +89,7 @@ def make_weights(o, folder):
 
 def load(o):
     aligned = o.side == "ours" or o.device != "cpu"  # a peer's table has the vocabulary's rows on the CPU
-    model = GPT.from_pretrained(o.folder, vocab_multiple=train.ALIGN if aligned else 1)
+    model = GPT.from_pretrained(o.folder, vocab_multiple=machine.ALIGN if aligned else 1)
     return model.to(o.device, torch.float64 if o.dtype == "float64" else torch.float32)
 
 
@@ -100,78 +104,87 @@ def adamw(policy):
     return torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
 
-def precision(o):
-    on = o.dtype == "bfloat16"
-    return torch.autocast(torch.device(o.device).type, torch.bfloat16) if on else nullcontext()
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The sides: each returns step(index) -> loss, and calls `loaded` when its weights are in memory
 
 
-class Profiled(train.Engine):
-    """The product's engine with a clock and a memory gauge between its parts; run_pairs is inherited."""
+class Profile:
+    """A clock and a memory gauge between the parts of train.step; stands in for the step's reference."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.seconds = dict.fromkeys(("data", "trunk forward", "head and loss", "trunk backward"), 0.0)
-        self.head_memory = self.highest = 0  # bytes
+    def __init__(self, o, reference):
+        self.device, self.reference, self.model = o.device, reference, reference.model
+        self.trunk, train.hidden_states = train.hidden_states, self.hidden_states
+        self.highest = self.head_memory = 0  # bytes
+        self.restart()
+
+    def restart(self):
+        parts = ("data", "trunk forward", "reference", "head and loss", "trunk backward")
+        self.seconds, self.clock = dict.fromkeys(parts, 0.0), time.perf_counter()
 
     def tick(self, name):
-        train.synchronize(self.cfg.device)
+        machine.synchronize(self.device)
         self.seconds[name] += time.perf_counter() - self.clock
         self.clock = time.perf_counter()
 
-    def run_pairs(self, *args):
-        self.clock = time.perf_counter()
-        result = super().run_pairs(*args)
-        self.tick("trunk backward")
-        return result
-
-    def reference_of(self, *args):
-        result = super().reference_of(*args)
+    def hidden_states(self, model, batch, cfg):
         self.tick("data")
+        hidden = self.trunk(model, batch, cfg)
+        self.tick("trunk forward")
+        hidden.register_hook(self.head_done)  # called as the first thing of the trunk's backward pass
+        return hidden
+
+    def __call__(self, batch, with_kl):
+        result = self.reference(batch, with_kl)
+        self.tick("reference")
+        self.before, self.highest = memory(self.device), max(self.highest, peak(self.device))
+        reset_peak(self.device)
         return result
 
-    def hidden(self, trunk, batch):
-        hidden = super().hidden(trunk, batch)
-        if trunk is self.trunk and hidden.requires_grad:
-            self.tick("trunk forward")
-            before, self.highest = memory(self.cfg.device), max(self.highest, peak(self.cfg.device))
-            reset_peak(self.cfg.device)
+    def head_done(self, grad):
+        self.head_memory = max(self.head_memory, peak(self.device) - self.before)
+        self.tick("head and loss")
 
-            def head_done(grad):  # the first thing that the trunk's backward pass does
-                self.head_memory = max(self.head_memory, peak(self.cfg.device) - before)
-                self.tick("head and loss")
 
-            hidden.register_hook(head_done)
-        return hidden
+def config_of(o):
+    """The Config that train.py would resolve for our side."""
+    cfg = train.Config(
+        loss=o.loss, beta=BETA, device=o.device, dtype=o.dtype, compile=o.compile, head_tokens=o.head_tokens,
+        **({"micro_batch_size": o.micro, "micro_batch_tokens": 10**9} if o.micro else {}))
+    filled = flags.defaults_of_loss(cfg)
+    filled |= flags.defaults_of_machine(cfg, o.device, argparse.Namespace(vocab_size=o.vocab))
+    return dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
 
 
 def ours(o, pairs, loaded):
-    train.tune_allocator()
-    cfg = train.fill_defaults(train.Config(
-        loss=o.loss, device=o.device, dtype=o.dtype, compile=o.compile, head_tokens=o.head_tokens,
-        batch_size=o.pairs, **({"micro_batch_size": o.micro, "micro_batch_tokens": 10**9} if o.micro else {}),
-        ref_cache=not o.live, out_dir=o.folder))
-    policy, reference = load(o), load(o).requires_grad_(False)
-    engine = (Profiled if o.profile else train.Engine)(cfg, policy, reference)
-    loaded(0 if o.live else sum(p.numel() * p.element_size() for p in reference.h.parameters()))
-    micros = train.micro_batches(cfg, pairs)
-    train.store_reference(engine, pairs, micros, "train", Path(o.folder), "throughput")
-    if engine.stores:
-        reference.h = engine.ref_trunk = None  # as train.py does
+    machine.tune_allocator()
+    cfg, loss = config_of(o), losses.LOSSES[o.loss]
+    policy, model = load(o), load(o).requires_grad_(False)
+    loaded()
+    remembers = not (o.live or "chosen_seq_kl" in losses.terms_of(loss))
+    reference = Reference(model, partial(train.hidden_states, model, cfg=cfg),
+                          partial(train.response_logps, model, cfg=cfg),
+                          Memory(Path(o.folder), pairs, cfg.dtype) if remembers else None)
+    if remembers:  # as in every epoch but the first
+        for batch in train.batches(pairs, np.arange(len(pairs)), cfg, policy):
+            reference(batch, with_kl=False)
     optimizer = adamw(policy)
+    profile = Profile(o, reference) if o.profile else None
 
     def step(index):
-        micros = train.micro_batches(cfg, pairs, index)
-        rows = [engine.run_pairs(pairs, micro, "train", 1 / len(index)) for micro in micros]
+        if profile:
+            profile.restart()
+        losses_of_pairs = []
+        for batch in train.batches(pairs, index, cfg, policy):
+            terms = train.step(policy, profile or reference, batch, loss, 1 / len(index), cfg)
+            losses_of_pairs.append(terms["loss"])
+            if profile:
+                profile.tick("trunk backward")
         start = time.perf_counter()
         finish_step(policy, optimizer)
         step.optimizer = time.perf_counter() - start
-        return torch.cat([row["loss"] for row in rows]).mean().item()
+        return torch.cat(losses_of_pairs).mean().item()
 
-    step.engine = engine
+    step.profile = profile
     return step
 
 
@@ -191,12 +204,12 @@ def padded_rows(o, pairs, index):
 def two_models(o, pairs, loaded, loss_of):
     """The step that `classic` and `tdpo` share: the logits of both models at every position."""
     policy, reference = load(o), load(o).requires_grad_(False)
-    loaded(0)
+    loaded()
     optimizer = adamw(policy)
 
     def step(index):
         tokens, scored = padded_rows(o, pairs, index)
-        with precision(o):
+        with train.precision(o):
             logits = policy.logits(policy(tokens))  # (2B, T, V); padding is on the right: causal is enough
             with torch.no_grad():
                 ref_logits = reference.logits(reference(tokens))
@@ -257,7 +270,7 @@ def trl(o, pairs, loaded):
     reference = None
     if o.trl_live:
         reference = transformers.GPT2LMHeadModel.from_pretrained(o.folder).to(o.device)
-    loaded(0)
+    loaded()
     rows = [{f"{side}_ids": getattr(pairs[i], side).tolist() for side in ("prompt", "chosen", "rejected")}
             for i in range(len(pairs))]
     trainer = Tokenised(model, reference, DPOConfig(
@@ -305,38 +318,57 @@ def reset_peak(device):
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def matmul_rate(device, dtype):
+    """FLOP/s of this device's own matrix product, of 50 back to back: what MFU compares with."""
+    n, products = (512, 50) if device == "cpu" else (8192, 50)
+    a, best = torch.randn(n, n, device=device).to(dtype), math.inf
+    for _ in range(5):
+        machine.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(products):
+            a @ a
+        machine.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return products * 2 * n**3 / best
+
+
+def useful_flops(config, rows):
+    """Forward and backward of the policy over pairs with these rows: no padding, nothing computed twice."""
+    P, C, R = rows[:, 1], rows[:, 2], rows[:, 3]
+    tokens, n = P + C + R, config.n_embd
+    seen = (P * (P + 1) + C * (C + 1) + R * (R + 1)) / 2 + P * (C + R)  # pairs of a query and a key
+    trunk = config.n_layer * (24 * n * n * tokens + 4 * n * seen)
+    return 3.0 * (trunk + 2 * n * config.vocab_size * (C + R)).sum()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # A process a side: a batch's number in, one line of JSON out
 
 
 def work(o):
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the answers
-    pairs, base = make_pairs(o), 0
+    pairs, base, rate = make_pairs(o), 0, 0
+    if o.side == "ours":
+        rate = matmul_rate(o.device, torch.bfloat16 if o.dtype == "bfloat16" else getattr(torch, o.dtype))
 
-    def loaded(released):  # weights that leave memory before the first step do not count as room to fill
+    def loaded():
         nonlocal base
-        base = memory(o.device) - released
+        base = memory(o.device)
         reset_peak(o.device)
 
     step = SIDES[o.side](o, pairs, loaded)
     for line in sys.stdin:
-        index = batch_index(o, int(line))
-        rate = 0 if o.side != "ours" else train.matmul_rate(
-            o.device, torch.bfloat16 if o.dtype == "bfloat16" else getattr(torch, o.dtype))
-        train.synchronize(o.device)
+        machine.synchronize(o.device)
         start, start_cpu = time.perf_counter(), time.process_time()
-        loss = step(index)
-        train.synchronize(o.device)
+        loss = step(batch_index(o, int(line)))
+        machine.synchronize(o.device)
         answer = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - start_cpu,
                   "loss": loss, "memory": peak(o.device) - base, "peak": peak(o.device), "rate": rate,
                   "compiled": compiled_graphs()}
         if o.profile:
-            engine = step.engine
-            highest = max(engine.highest, answer["peak"])
-            answer |= {"memory": highest - base, "peak": highest}
-            answer["parts"] = engine.seconds | {"optimizer": step.optimizer}
-            answer["head_memory"] = engine.head_memory
-            engine.seconds = dict.fromkeys(engine.seconds, 0.0)
+            highest = max(step.profile.highest, answer["peak"])
+            answer |= {"memory": highest - base, "peak": highest, "head_memory": step.profile.head_memory,
+                       "parts": step.profile.seconds | {"optimizer": step.optimizer}}
         print(json.dumps(answer), file=out, flush=True)
 
 
@@ -400,7 +432,7 @@ def numbers_of(o, answers):
     config, measured = GPTConfig(o.vocab, 2048, o.layers or layers, heads, channels), answers[o.warmup:]
     rows = [pairs.rows[batch_index(o, o.warmup + n)] for n in range(o.repeats)]
     seconds = [a["seconds"] for a in measured]
-    flops = [float(train.useful_flops(config, r)) for r in rows]
+    flops = [float(useful_flops(config, r)) for r in rows]
     return {"seconds": median(seconds), "cpu_seconds": median([a["cpu"] for a in measured]),
             "fastest": min(seconds), "slowest": max(seconds),
             "pairs_per_s": median([o.pairs / s for s in seconds]),
@@ -415,7 +447,7 @@ def numbers_of(o, answers):
 def compare(o):
     answers = measure(o, "ours", o.peer)
     result = {name: numbers_of(o, rows) for name, rows in answers.items()}
-    rate = max(a["rate"] for a in answers["ours"])  # of the quietest moment: mfu is rather too low
+    rate = answers["ours"][0]["rate"]
     ratios = [b["seconds"] / a["seconds"] for a, b in
               zip(answers["ours"][o.warmup:], answers[o.peer][o.warmup:], strict=True)]
     result |= {"matmul_flops_per_s": rate,
@@ -499,7 +531,7 @@ def draw(o, result):
         ax.plot(x, gigabytes, "s-", color="C1", label="memory of the head, GB")
         ax.set(xlabel=labels[name], xticks=x, ylim=(0, None))
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Our DPO step, {o.size}, {o.dtype}, {train.device_name(o.device)}: "
+    figure.suptitle(f"Our DPO step, {o.size}, {o.dtype}, {machine.device_name(o.device)}: "
                     "one thing doubled, and doubled again", fontsize=10)
     path = HERE / "figures" / "throughput.png"
     path.parent.mkdir(exist_ok=True)
@@ -516,7 +548,7 @@ def where(o):
     """Machine, versions, commit, load: what a number means nothing without."""
     git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"],
                          capture_output=True, text=True)
-    device = f"{cpu_name()}, {os.cpu_count()} cores" if o.device == "cpu" else train.device_name(o.device)
+    device = f"{cpu_name()}, {os.cpu_count()} cores" if o.device == "cpu" else machine.device_name(o.device)
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "commit": git.stdout.strip() or None,
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -569,8 +601,8 @@ def main(argv=None):
     here = where(o)
     (p0, p1), (r0, r1) = LENGTHS[o.lengths]
     step = f"vocabulary {o.vocab}, {o.pairs} pairs of {p0}...{p1} + {r0}...{r1} tokens, " * (not o.scaling)
-    machine = ", ".join(f"{key} {value}" for key, value in here.items())
-    say(o, f"{o.loss}, {o.size}, {step}{o.dtype}\n{machine}")
+    about = ", ".join(f"{key} {value}" for key, value in here.items())
+    say(o, f"{o.loss}, {o.size}, {step}{o.dtype}\n{about}")
     result = (scaling if o.scaling else profile if o.profile else compare)(o)
     if o.json:
         print(json.dumps({"options": vars(o), "where": here} | result, indent=1))

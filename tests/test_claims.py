@@ -1,5 +1,5 @@
 """experiments/: every claim runs on a hidden tiny setting and leaves tables, JSON and a figure; README's
-numbers are the JSON's; what the claims compute by themselves (Eq. 4, the KL of samples, credit) is right."""
+numbers are the JSON's; what the claims compute by themselves (Eq. 4, intervals, KL of samples) is right."""
 
 import json
 import math
@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims  # noqa: E402
 import common  # noqa: E402
-import edit_distance  # noqa: E402
 import frontier  # noqa: E402
 import replay  # noqa: E402
+import weight  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
 from toy import reviews  # noqa: E402
@@ -59,7 +59,7 @@ def test_finished_runs_are_taken_from_the_store(tiny, capsys):
     """A second call of one claim trains nothing and gives the same numbers."""
     out, flags = tiny
     before = json.loads((out / "results" / "weight.json").read_text())
-    common.main([claims.weight], flags)
+    common.main([weight], flags)
     assert "8 of them from the store" in capsys.readouterr().out  # 2 seeds: 3 runs and a reference each
     after = json.loads((out / "results" / "weight.json").read_text())
     assert after["tables"] == before["tables"] and after["weights"] == before["weights"]
@@ -76,12 +76,49 @@ def test_tables_of_the_readme_come_from_the_json(tiny):
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="no results in this checkout")
 def test_the_numbers_of_the_readme_are_those_of_the_json_files():
+    """Every number of a result stands in a block of tables, and all results are of one state of the code."""
     text = (ROOT / "experiments" / "README.md").read_text()
     assert common.with_tables(text, RESULTS) == text
     for claim in claims.CLAIMS:
         assert f"<!-- tables {claim.NAME} -->\n*" in text
         figure = ROOT / "experiments" / "figures" / f"{claim.NAME}.png"
         assert f"figures/{claim.NAME}.png" in text and 10_000 < figure.stat().st_size < 250_000
+    made = [json.loads((RESULTS / f"{claim.NAME}.json").read_text())["made"] for claim in claims.CLAIMS]
+    assert len({(m["sources"], m["setting"], m["seeds"], m["torch"]) for m in made}) == 1
+
+
+def test_the_paired_interval_by_hand():
+    """Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), Student's t of 2 degrees of freedom 4.303."""
+    mean, half = common.mean_and_half([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert common.versus([11, 22, 33], [10, 20, 30]) == "+2.00 ± 2.48, no difference seen"
+    assert common.versus([11, 22.1, 33.2], [10, 21, 32]) == "+1.10 ± 0.25, above"
+    assert common.versus([1, None, 3], [2, 0, 4]) == "-1.00 ± 0.00, below"
+    assert common.versus([1.5], [1.0]) == "+0.50, one seed"
+    assert common.cell([1.0, None]) == "1.00 (1 of 2 seeds)"
+
+
+def test_a_level_is_reached_between_neighbouring_checkpoints():
+    assert common.reaches([0, 0.1, 0.3], [8, 9, 10], 0.2) == pytest.approx(9.5)
+    assert common.reaches([0, 0.1, 0.05], [8, 9, 10], 0.2) is None
+
+
+def test_the_best_within_a_budget_has_no_bias_of_a_maximum():
+    """Candidates that differ by noise alone: the maximum is far too high, the cross-fitted best is not."""
+    rng, found, naive = np.random.default_rng(0), [], []
+    for _ in range(400):
+        points = [{"halves": [[rng.normal(), 0.1], [rng.normal(), 0.1]]} for _ in range(24)]
+        points.append({"halves": [[99.0, 5.0], [99.0, 5.0]]})  # beyond the budget
+        found.append(frontier.best_within(points, 1.0))
+        naive.append(max(p["halves"][0][0] for p in points[:-1]))
+    assert abs(np.mean(found)) < 0.15 and np.mean(naive) > 1.5
+
+
+def test_best_of_n_by_enumeration():
+    """At the KL bound of n = 2 the mean of the larger of two draws with replacement, over all pairs."""
+    rewards = [0.0, 1.0, 5.0, 7.0]
+    by_hand = np.mean([max(a, b) for a in rewards for b in rewards])
+    assert frontier.best_of_n(rewards, math.log(2) - 0.5) == pytest.approx(by_hand)
 
 
 def test_the_reweighted_curve_is_equation_4():
@@ -177,11 +214,43 @@ def test_the_unweighted_loss_starts_with_dpos_gradient():
         logps[0].grad = logps[1].grad = None
 
 
-def test_settings_hold_what_the_issue_asks_for():
-    """Three seeds, six betas, 512 samples, several checkpoints, edits from one digit to the whole answer."""
+def test_pairing_without_selection_is_eq_6_where_the_segments_are_sorted():
+    """Chosen best first and rejected worst first: nothing to select. The other way round they differ."""
+    ratios = [torch.tensor([r], dtype=torch.float64) for r in ([0.3, -0.2], [0.1, -0.4])]
+    zeros, masks = [torch.zeros(1, 2, dtype=torch.float64)] * 2, [torch.ones(1, 2, dtype=torch.bool)] * 2
+    rewards = [torch.tensor([r], dtype=torch.float64) for r in ([0.9, 0.4], [0.2, 0.6])]
+    both = [loss(*ratios, *zeros, *rewards, *masks, beta=0.5)
+            for loss in (replay.unselected_loss, replay.losses.dpo2d_loss)]
+    torch.testing.assert_close(*both)
+    rewards[0] = rewards[0].flip(-1)
+    both = [loss(*ratios, *zeros, *rewards, *masks, beta=0.5)
+            for loss in (replay.unselected_loss, replay.losses.dpo2d_loss)]
+    assert (both[0] - both[1]).abs() > 1e-3
+
+
+def test_reward_weighted_sft_weighs_by_the_exponential_of_the_true_reward():
+    """Two segments of reward 1/2 and 1 are a true reward of 12: weight exp((12 - 16) / 2)."""
+    logps, rewards = torch.tensor([[-1.0, -2.0]]).double(), torch.tensor([[0.5, 1.0]]).double()
+    masks, nothing = [torch.ones(1, 2, dtype=torch.bool)] * 2, torch.zeros(1, 2).double()
+    loss = replay.weighted_sft_loss(logps, nothing, rewards, nothing, *masks, beta=2.0)
+    assert loss.item() == pytest.approx(3 * math.exp(-2))
+    pair = replay.raw_pairs(replay.World(pairs=1, held_out=0))[0][0]
+    scores = [np.mean(segment["scores"]) / 4 for segment in pair["chosen"]]
+    text = pair["prompt"] + "".join(segment["text"] for segment in pair["chosen"])
+    assert reviews.reward(text) == pytest.approx(16 * np.mean(scores))
+
+
+def test_half_of_the_nouns_are_in_no_preference_pair():
+    world = replay.World(pairs=60, preferred=60, held_out=10, half_of_nouns=True)
+    tokenizer, pairs, _, margins = replay.encoded(world)
+    nouns = {tokenizer.decode(pairs[i].prompt).split()[-1].rstrip(":") for i in range(len(pairs))}
+    assert nouns and nouns <= set(replay.SEEN) and not set(replay.SEEN) & set(replay.UNSEEN)
+    assert len(margins) == len(pairs)
+
+
+def test_settings_hold_what_the_claims_need():
+    """Five seeds, twelve checkpoints a run, and as many candidates for every loss on the frontier."""
     full = common.FULL
-    assert len(full.seeds) == 3 and len(full.betas) >= 6 and full.run.samples >= 512
-    assert {0.1, 0.3} <= set(full.betas) and full.lams == (5, 50, 500) and full.alphas == (0.1, 0.3, 0.5, 0.7)
-    assert len(full.run.checkpoints) >= 3 and full.edits[0] == 1 and full.edits[-1] == "all"
-    names = edit_distance.variants(full)
-    assert set(names) == {"dpo", "dpop-5", "dpop-50", "dpop-500"}
+    assert len(full.seeds) >= 5 and len(full.run.checkpoints) == 13
+    assert len({len(runs) for runs in frontier.frontier_runs(full, 0).values()}) == 1
+    assert full.edits[0] == 1 and full.edits[-1] == "all"

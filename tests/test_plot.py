@@ -9,41 +9,30 @@ from tools import plot
 
 
 def write_log(folder, steps=(1, 5, 10), loss="dpo"):
-    """A log of the form that train.py writes: a header, records of steps, records of evaluations."""
-    folder.mkdir()
+    """A log of the form that train.py writes: a header, records of steps, notes, records of evaluations."""
+    folder.mkdir(parents=True)
+    names = ["loss"] if loss == "sft" else [name for *_, metrics in plot.PANELS for name in metrics]
     records = [{"config": {"loss": loss}, "held_out": 8}]
     for step in (0, *steps):
-        names = ["loss"]
-        if loss != "sft":
-            names += ["rewards/accuracies", "rewards/margins", "logratio/chosen", "logratio/rejected",
-                      "kl/ref_policy_chosen", "kl/ref_policy_rejected"]
         records.append({"step": step} | {f"eval/{name}": 0.1 * step for name in names})
         if step:
-            records.append({"step": step, "note": f"step {step}: the gradient norm jumps to 9.00"})
+            records.append({"step": step, "note": "the margin is still exactly 0: nothing is learned"})
             records.append({"step": step, "grad_norm": 1.0} | {name: 0.2 * step for name in names[:5]})
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+    return str(folder)
 
 
 def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-def test_one_run(tmp_path, capsys):
-    folder = write_log(tmp_path / "dpo")
-    plot.main([str(folder)])
-    assert capsys.readouterr().out.strip() == str(folder / "runs.png")
-    assert is_png(folder / "runs.png")
-
-
-def test_several_runs_in_one_figure(tmp_path):
-    """Runs of other losses, of equal folder names, and with a single step go together."""
+def test_runs_of_any_loss_length_and_name_go_into_one_figure(tmp_path, capsys):
+    """SFT beside DPO, equal folder names, a single step; without --to, runs.png in the first folder."""
     folders = [write_log(tmp_path / "dpo"), write_log(tmp_path / "sft", loss="sft"),
-               write_log(tmp_path / "one", steps=(1,))]
-    (tmp_path / "b").mkdir()
-    folders.append(write_log(tmp_path / "b" / "dpo"))
-    plot.main([*map(str, folders), "--to", str(tmp_path / "x.png")])
-    assert is_png(tmp_path / "x.png")
+               write_log(tmp_path / "one", steps=(1,)), write_log(tmp_path / "b" / "dpo")]
+    plot.main(folders)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "dpo" / "runs.png")
+    assert is_png(tmp_path / "dpo" / "runs.png")
 
 
 @pytest.mark.parametrize("content, said", [
@@ -69,7 +58,7 @@ def test_bad_logs_are_one_line_and_status_2(tmp_path, capsys, content, said):
     ([], "required"), (["--lodd"], "unrecognized"), (["--to", "x.pdf"], "name a .png file"),
     (["--to", "no/such/folder/x.png"], "No such file")])
 def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, said):
-    folders = [str(write_log(tmp_path / "dpo"))] if flags else []
+    folders = [write_log(tmp_path / "dpo")] if flags else []
     with pytest.raises(SystemExit) as stop:
         plot.main(folders + flags)
     error = capsys.readouterr().err
@@ -80,12 +69,10 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, said):
 @pytest.mark.slow
 def test_a_run_of_train_py_is_drawn(tmp_path):
     """The log that train.py really writes has all that the panels read."""
-    flags = ["--steps", "2", "--sft_steps", "2", "--n_embd", "16", "--batch_size", "4",
-             "--out_dir", str(tmp_path / "dpo")]
-    train.main(flags)
-    records = plot.read_log(tmp_path / "dpo")
-    logged = set().union(*records)
-    for _, _, metrics in plot.PANELS:
-        assert all(metric in logged or "eval/" + metric in logged for metric in metrics)
+    train.main(["--steps", "2", "--sft_steps", "2", "--n_embd", "16", "--batch_size", "4",
+                "--out_dir", str(tmp_path / "dpo")])
+    logged = set().union(*plot.read_log(tmp_path / "dpo"))
+    assert all(metric in logged or "eval/" + metric in logged
+               for *_, metrics in plot.PANELS for metric in metrics)
     plot.main([str(tmp_path / "dpo"), str(tmp_path / "sft")])
     assert is_png(tmp_path / "dpo" / "runs.png")

@@ -1,8 +1,9 @@
-"""sample.py: what it prints, and that the heat is the implicit reward."""
+"""sample.py: what it prints, and that the heat is the implicit reward. Bad input is test_bad_input.py's."""
 
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from model import GPT, GPTConfig
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a preference run, made by hand: two random models, the bytes tokenizer, a run.json."""
-    for name, seed in (("ref", 1), ("policy", 2)):
+    """The folder of a preference run, made by hand: random models, the bytes tokenizer, a run.json."""
+    for name, seed, block_size in (("ref", 1, 48), ("policy", 2, 48), ("short", 1, 20)):
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(257, 48, 2, 2, 16))
+        model = GPT(GPTConfig(257, block_size, 2, 2, 16))
         with torch.no_grad():
             model.wte.weight.mul_(8)  # far from uniform, so that the two differ visibly
         model.save_pretrained(tmp_path / name)
@@ -78,33 +79,51 @@ def test_policy_and_reference_stand_side_by_side_and_a_seed_repeats_them(run, ca
     assert sample.side_by_side([("reference", "a"), ("policy", "b")], 40) == "reference: a\npolicy: b"
 
 
-def test_prompts_come_from_flags_files_and_stdin(run, tmp_path, capsys, monkeypatch):
-    """A file holds one prompt a line, plain or JSONL; - is stdin; --chat renders a Human turn."""
-    (tmp_path / "p.txt").write_text('first:\n\n{"prompt": "second\u2028:"}\n')  # JSON may hold U+2028
-    monkeypatch.setattr("sys.stdin", io.StringIO("third:\n"))
-    flags = [str(run), "--max_new_tokens", "2"]
-    sample.main([*flags, "--prompts", str(tmp_path / "p.txt")])
-    sample.main([*flags, "--prompts", "-", "--chat"])
-    out = capsys.readouterr().out
-    assert re.findall(r"prompt: (.*)", out) == ["first:", "second\u2028:", "Human: third:"]
+BOM = "\ufeff"
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    ([], "--prompt: say what to answer"),
-    (["--prompt", "x", "--response", "y"], "--response y: goes with --heat"),
-    (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
-    (["--prompt", "x", "--max_new_tokens", "48"], "the answer may take all of block_size 48"),
-    (["--prompt", "x", "--temperature", "-1", "--max_new_tokens", "2"], "--temperature -1.0: must be"),
-    (["--prompt", "x", "--ref", "nowhere"], "nowhere/config.json"),
-    (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: No such file"),
-    (["--prompt", "x", "--colour"], "unrecognized arguments: --colour"),
-])
-def test_bad_input_is_one_line_and_status_2(run, capsys, flags, says):
-    """What is wrong, where, what to do; no traceback."""
+@pytest.mark.parametrize("name, text, prompts", [
+    ("p.txt", 'first:\n\n{"prompt": "second\u2028:"}\n', ["first:", "second\u2028:"]),  # JSON may hold U+2028
+    ("p.txt", BOM + "first:\r\n[second]:\r\n", ["first:", "[second]:"]),  # Notepad's
+    ("p.jsonl", BOM + '{"prompt": "first:", "chosen": "x"}\n', ["first:"]),
+    ("p.json", BOM + '["first:", {"prompt": "second:"},\n "{third}:"]', ["first:", "second:", "{third}:"]),
+    ("p.csv", "prompt,chosen\nfirst:,x\n", ["first:"]),
+    ("-", BOM + "first:\n", ["first:"])])
+def test_prompts_come_from_files_of_texts_or_data_and_from_stdin(
+        run, name, text, prompts, tmp_path, capsys, monkeypatch):
+    """One prompt a line, plain or JSON, or the "prompt" of each record of a data file; - is stdin."""
+    (tmp_path / name).write_bytes(text.encode())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    sample.main([str(run), "--max_new_tokens", "2", "--prompts", name])
+    assert re.findall(r"prompt: (.*)", capsys.readouterr().out) == prompts
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("p.json", '{"prompt": "x"}', "p.json: a .json file must hold an array"),
+    ("p.json", '["x", 7]', 'p.json: item 2: no text and no JSON object'),
+    ("p.json", '["x", {"text": "y"}]', 'p.json: item 2: no text and no JSON object'),
+    ("p.txt", 'x\n{"prompt": ["y"]}', 'p.txt:2: no text and no JSON object'),
+    ("p.txt", 'x\n{"prompt"', 'p.txt:2: no text and no JSON object')])
+def test_what_is_no_prompt_is_named(run, name, text, says, tmp_path, capsys, monkeypatch):
+    (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        sample.main([str(run), *flags])
+        sample.main([str(run), "--prompts", name])
     err = capsys.readouterr().err
-    assert e.value.code == 2 and says in err and err.count("\n") == 1, err
+    assert e.value.code == 2 and f"--prompts {says}" in err and err.count("\n") == 1, err
+
+
+def test_chat_renders_a_human_turn(run, capsys):
+    sample.main([str(run), "--max_new_tokens", "2", "--prompt", "Hi", "--chat"])
+    assert "prompt: Human: Hi\n\nAssistant:\n" in capsys.readouterr().out
+
+
+def test_a_reference_of_fewer_positions_shortens_the_prompt_for_both(run, capsys):
+    """20 positions less 4 for the answer: the prompt of 21 tokens loses its first 5, and this is said."""
+    flags = [str(run), "--prompt", "abcdefghijklmnopqrstu", "--ref", str(run.parent / "short"), "--heat"]
+    sample.main([*flags, "--max_new_tokens", "4"])
+    assert "loses its first 5 tokens: block_size 20" in capsys.readouterr().out
 
 
 def test_an_sft_run_needs_a_reference_to_compare_with(run, capsys):
@@ -114,6 +133,6 @@ def test_an_sft_run_needs_a_reference_to_compare_with(run, capsys):
     (run / "run.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         sample.main([str(run), "--prompt", "x"])
-    assert "this run has no reference; name one with --ref" in capsys.readouterr().err
+    assert "has no reference; name one with --ref" in capsys.readouterr().err
     sample.main([str(run), "--prompt", "x", "--ref", str(run.parent / "ref"), "--max_new_tokens=2", "--heat"])
     assert "beta 1;" in capsys.readouterr().out

@@ -103,6 +103,7 @@ def main(argv=None):
         draw(logs, path)
     except OSError as e:
         fail(f"{path}: {e.strerror}")
+    sys.stdout.reconfigure(errors="backslashreplace")  # the path may have letters that a terminal lacks
     print(path)
 
 

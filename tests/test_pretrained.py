@@ -1,0 +1,488 @@
+"""plumbing/pretrained.py: Hugging Face's folders, folders of an edited model, the download.
+
+tests/fixtures/gpt2 is a random GPT-2 with logits and a greedy continuation that transformers computed once
+(tests/fixtures/make_gpt2.py). The download is tried against a server on localhost.
+"""
+
+import http.server
+import json
+import pickle
+import shutil
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import SMALL, close, refused, small
+
+from model import GPT, GPTConfig
+from plumbing import pretrained
+
+FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
+
+
+def edit_config(folder, **changes):
+    """Change keys of config.json; None removes one."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_weights(folder, edit):
+    """Rewrite model.safetensors by a function on its dict of tensors."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(edit({name: w.clone() for name, w in weights.items()}), folder / "model.safetensors")
+
+
+def shard(folder, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
+    """Replace model.safetensors by two shards and their index."""
+    weights = load_file(folder / "model.safetensors")
+    weight_map = {name: names[i % 2] for i, name in enumerate(sorted(weights))}
+    for file in names:
+        save_file({name: weights[name] for name in weights if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+def files(folder):
+    """Every file below a folder."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def same(a, b):
+    """Two models are equal, bit for bit."""
+    pairs = list(zip(a.named_parameters(), b.named_parameters(), strict=True))
+    return a.config == b.config and all(n == m and torch.equal(p, q) for (n, p), (m, q) in pairs)
+
+
+def is_fixture(model):
+    return same(model, GPT.from_pretrained(FIXTURE))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the fixture."""
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(FIXTURE / file, tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is written, and read again
+
+
+def test_logits_and_greedy_text_equal_those_of_transformers():
+    """The fixture's logits to 1e-12 in float64 and to rounding in float32; the same greedy continuation."""
+    expected = load_file(FIXTURE / "expected.safetensors")
+    model = GPT.from_pretrained(str(FIXTURE))
+    close(model.logits(model(expected["tokens"])), expected["logits"].float(), 1e-4)
+    greedy = expected["greedy"]
+    assert torch.equal(model.generate(greedy[:, :2], 10, temperature=0), greedy)
+    model.double()
+    close(model.logits(model(expected["tokens"])), expected["logits"])
+
+
+@pytest.mark.parametrize("sizes", [SMALL, {**SMALL, "n_layer": 1, "n_head": 1, "n_embd": 1, "vocab_size": 1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_a_round_trip_through_a_folder_is_bit_equal(tmp_path, sizes, dtype, multiple):
+    """save_pretrained then from_pretrained gives the same weights and sizes, also over an older save; rows
+    that pad the table are not saved, and both files have the same permissions (safetensors' are private)."""
+    folder = tmp_path / "new" / "folder"
+    for seed in (1, 2):
+        model = small(seed, dtype, multiple, **sizes)
+        model.wte.weight.data[model.config.vocab_size:] = 0
+        model.save_pretrained(folder)
+        assert same(GPT.from_pretrained(folder, multiple), model.float())
+    assert files(folder) == ["config.json", "model.safetensors"]
+    weights = load_file(folder / "model.safetensors")
+    assert len(weights["transformer.wte.weight"]) == sizes["vocab_size"]
+    assert len({(folder / file).stat().st_mode for file in files(folder)}) == 1
+
+
+def test_a_saved_folder_has_the_names_and_shapes_of_transformers(folder, tmp_path):
+    """Tensor names, shapes, dtypes and values as transformers saved them; config.json has its keys."""
+    GPT.from_pretrained(folder).save_pretrained(tmp_path / "ours")
+    theirs, ours = (load_file(f / "model.safetensors") for f in (FIXTURE, tmp_path / "ours"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+    config, reference = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "ours", FIXTURE))
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # this model has none
+    assert config == {key: reference[key] for key in config} | dropout
+    assert {"model_type", "architectures", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head",
+            "activation_function", "layer_norm_epsilon", "bos_token_id", "eos_token_id"} <= config.keys()
+
+
+@pytest.mark.parametrize("eos, expected", [(None, 22), (0, 0), (5, 5)])
+def test_eos_at_which_other_programs_stop_is_the_last_id_unless_told(tmp_path, eos, expected):
+    small().save_pretrained(tmp_path, eos)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["eos_token_id"] == config["bos_token_id"] == expected
+
+
+class Tabled(GPT):
+    """A model with a table that is computed when it is built."""
+
+    def __init__(self, config, vocab_multiple=1):
+        super().__init__(config, vocab_multiple)
+        self.register_buffer("angles", torch.arange(8) / 8, persistent=False)
+
+
+class Edited(Tabled):
+    """A model with a parameter that GPT-2 lacks, under a name that GPT-2's files have for something else."""
+
+    def __init__(self, config, vocab_multiple=1):
+        super().__init__(config, vocab_multiple)
+        self.transformer = torch.nn.ModuleDict({"attn": torch.nn.Linear(3, 2)})
+
+
+def test_a_model_of_another_architecture_is_saved_under_its_own_names_and_opens_here_alone(tmp_path):
+    """Bit-equal, and with its table, which a model with GPT-2's parameters keeps too; GPT refuses the folder."""
+    model = Edited(GPTConfig(**SMALL))
+    model.save_pretrained(tmp_path, eos=3)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"model_type": "termwise", **SMALL, "eos_token_id": 3}
+    assert load_file(tmp_path / "model.safetensors").keys() == {name for name, _ in model.named_parameters()}
+    state = torch.get_rng_state()
+    back = Edited.from_pretrained(tmp_path)
+    assert same(back, model) and torch.equal(back.angles, torch.arange(8) / 8)
+    assert torch.equal(torch.get_rng_state(), state)
+    refused(GPT.from_pretrained, tmp_path, says=["attn.bias is (2,)", "no such tensor"])
+    assert torch.equal(Tabled.from_pretrained(FIXTURE).angles, torch.arange(8) / 8)
+    refused(Edited.from_pretrained, FIXTURE, says=["tensor h.0.attn.c_attn.bias is missing"])
+
+
+def test_a_save_that_breaks_off_leaves_the_model_that_was_there(folder, monkeypatch):
+    """A full disk or a kill while the weights are written."""
+    def breaks_off(weights, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pretrained, "save_file", breaks_off)
+    with pytest.raises(OSError):
+        small().save_pretrained(folder)
+    assert is_fixture(GPT.from_pretrained(folder))
+
+
+def test_a_model_is_its_own_copy_of_the_file_and_reading_draws_no_random_numbers(folder):
+    """Saving over the file that was read, or training, never changes the other."""
+    state = torch.get_rng_state()
+    model = GPT.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    small(1).save_pretrained(folder)
+    assert is_fixture(model) and all(p.requires_grad for p in model.parameters())
+    torch.nn.init.zeros_(model.wte.weight)
+    assert (GPT.from_pretrained(FIXTURE).wte.weight != 0).all()
+
+
+def test_rows_that_pad_a_table_read_from_a_file_are_zero():
+    """Uninitialised memory could hold NaN, and 0 x NaN would reach the trunk's gradient."""
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        model = GPT.from_pretrained(FIXTURE, vocab_multiple=64)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert model.wte.weight.shape == (64, 12) and (model.wte.weight[31:] == 0).all()
+    assert torch.equal(model.wte.weight[:31], GPT.from_pretrained(FIXTURE).wte.weight)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Other people's folders
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_become_float32(folder, dtype):
+    """Files in half or double precision read as float32."""
+    edit_weights(folder, lambda w: {name: x.to(dtype) for name, x in w.items()})
+    model, original = GPT.from_pretrained(folder), GPT.from_pretrained(FIXTURE)
+    for p, q in zip(model.parameters(), original.parameters(), strict=True):
+        assert p.dtype == torch.float32 and torch.equal(p, q.to(dtype).float())
+
+
+def without_prefix(w):
+    return {name.removeprefix("transformer."): x for name, x in w.items()}
+
+
+def with_head(w):
+    return w | {"lm_head.weight": w["transformer.wte.weight"].clone()}
+
+
+def head_alone(w):
+    return {"lm_head.weight": w.pop("transformer.wte.weight"), **w}
+
+
+def with_buffers(w):
+    for i in range(3):
+        w[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 12, 12, dtype=torch.uint8).tril()
+        w[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    return w
+
+
+@pytest.mark.parametrize("edits", [[], [head_alone], [with_buffers, with_head, without_prefix]])
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_the_variants_of_the_layout_read_alike(folder, edits, in_shards):
+    """With and without `transformer.`, the tied head there or not or in place of the embedding, with the
+    masks that old files carry, in one file or in shards: the same model."""
+    for edit in edits:
+        edit_weights(folder, edit)
+    if in_shards:
+        shard(folder)
+    assert is_fixture(GPT.from_pretrained(folder))
+
+
+def test_one_file_goes_before_shards(folder):
+    """As in transformers; a save into a folder that holds older shards must be what is read."""
+    shard(folder)
+    model = small(1, torch.float32)
+    model.save_pretrained(folder)
+    assert same(GPT.from_pretrained(folder), model)
+
+
+@pytest.mark.parametrize("config", [
+    {"n_positions": None, "n_ctx": 12},  # the key of old files
+    {"activation_function": "gelu_pytorch_tanh"},  # another name of the same function
+    {"activation_function": None, "model_type": None, "tie_word_embeddings": None},  # the defaults
+    {"n_inner": 48, "dtype": "float16", "unknown": [1]},
+])
+def test_configurations_of_the_same_model_read_alike(folder, config):
+    edit_config(folder, **config)
+    assert is_fixture(GPT.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("config, says", [
+    ({"model_type": "termwise"}, ["block_size"]),  # a key that an edited model's folder has
+    ({"activation_function": "gelu"}, ["activation_function", "'gelu'", "'gelu_new'"]),  # exact, not tanh
+    ({"scale_attn_weights": False}, ["scale_attn_weights", "False"]),
+    ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx", "True"]),
+    ({"layer_norm_epsilon": 1e-6}, ["layer_norm_epsilon", "1e-06"]),
+    ({"tie_word_embeddings": False}, ["tie_word_embeddings", "False"]),
+    ({"add_cross_attention": True}, ["add_cross_attention", "True"]),
+    ({"n_inner": 24}, ["n_inner", "24"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    ({"n_head": 5}, ["n_embd 12", "n_head 5"]),
+    ({"n_embd": "12"}, ["n_embd = '12'"]),
+    ({"n_layer": 2}, ["tensor h.2.", "config.json says no such tensor"]),
+    ({"n_layer": 4}, ["tensor h.3.", "is missing"]),
+    ({"n_layer": 10**9}, ["1000000000 layers, of"]),  # refused before any is built
+    ({"n_embd": 15}, ["tensor", "(36,)", "(45,)"]),
+    ({"vocab_size": 10**15}, ["tensor wte.weight is (31, 12)"]),  # refused before memory is asked for
+    ({"n_positions": 11}, ["tensor wpe.weight is (12, 12), config.json says (11, 12)"]),
+])
+def test_another_models_configuration_is_refused_in_one_line(folder, config, says):
+    """Another architecture, activation, attention scaling or size: what, in which file, and what would do."""
+    edit_config(folder, **config)
+    refused(GPT.from_pretrained, folder, says=[str(folder), *says])
+
+
+def cut(file, keep):
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:keep])
+
+
+def write(file, content):
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+def drop(name):
+    return lambda folder: edit_weights(folder, lambda w: {n: x for n, x in w.items() if n != name})
+
+
+def put(name, *shape):
+    return lambda folder: edit_weights(folder, lambda w: w | {name: torch.ones(shape)})
+
+
+def index_is(content):
+    def damage(folder):
+        shard(folder)
+        write("model.safetensors.index.json", content)(folder)
+    return damage
+
+
+def index_of(weight_map):
+    return index_is(json.dumps({"weight_map": weight_map}).encode())
+
+
+def index_is_a_folder(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").mkdir()
+
+
+BIG_HEADER = (2**62).to_bytes(8, "little") + b'{"a":'
+LYING_HEADER = (60).to_bytes(8, "little") + b'{"wte":{"dtype":"F32","shape":[9,9],"data_offsets":[0,324]}}'
+DAMAGE = {
+    "config cut": (cut("config.json", 100), ["config.json"]),
+    "config no object": (write("config.json", b"[1, 2]"), ["config.json"]),
+    "config not UTF-8": (write("config.json", b"\xff\xfe\xff"), ["config.json"]),
+    "weights cut by a byte": (cut("model.safetensors", 28423), ["model.safetensors", "cut short"]),
+    "weights cut in the header": (cut("model.safetensors", 300), ["model.safetensors", "cut short"]),
+    "weights empty": (cut("model.safetensors", 0), ["model.safetensors", "cut short"]),
+    "a page of HTML": (write("model.safetensors", b"<html>log in</html>"), ["not a safetensors file"]),
+    "absurd header": (write("model.safetensors", BIG_HEADER), ["not a safetensors file"]),
+    "header without data": (write("model.safetensors", LYING_HEADER), ["not a safetensors file"]),
+    "extra tensor": (put("score.weight", 2), ["score.weight is (2,), config.json says no such tensor"]),
+    "not transposed": (put("transformer.h.1.attn.c_attn.weight", 36, 12),
+                       ["tensor h.1.attn.c_attn.weight is (36, 12), config.json says (12, 36)"]),
+    "head of another size": (put("lm_head.weight", 32, 12), ["not tied"]),
+    "index absolute": (index_of({"a": "/etc/passwd"}), ["index.json", "'/etc/passwd'"]),
+    "index of the parent": (index_of({"a": ".."}), [".."]),
+    "index of nothing": (index_of({"a": ""}), [""]),
+    "index of NUL": (index_of({"a": "\0"}), [""]),
+    "index of lists": (index_of({"a": ["b"]}), ["['b']"]),
+    "index of one shard": (index_of({"a": "model-00001-of-00002.safetensors"}), ["missing"]),
+    "index a list": (index_of([]), ["index.json", "not an index"]),
+    "index an array": (index_is(b"[]"), ["index.json", "not an index"]),
+    "index a folder": (index_is_a_folder, ["index.json", "not an index"]),
+    "index empty": (index_of({}), ["missing"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folders_are_refused_in_one_line(folder, damage):
+    """The line names the file or tensor and what is wrong with it (More in test_bad_input.py)."""
+    do, says = DAMAGE[damage]
+    do(folder)
+    refused(GPT.from_pretrained, folder, says=[str(folder), *says])
+
+
+@pytest.mark.parametrize("name", ["gpt5", "", FIXTURE / "config.json", "a\0b"])
+def test_neither_a_name_nor_a_folder_is_refused_in_one_line(name):
+    """The message lists the names there are, each of which has a repository."""
+    refused(GPT.from_pretrained, name, says=["config.json"])
+    if name == "gpt5":
+        refused(GPT.from_pretrained, name, says=["gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2"])
+    assert all(repository.endswith("/" + name) for name, repository in pretrained.NAMES.items())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The download
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves tests/fixtures/gpt2 as openai-community/gpt2, in one of several ways. Answers GET alone."""
+
+    def do_GET(self):
+        self.server.log.append(self.path)
+        file = self.path.removesuffix("?signed").rpartition("/")[2]
+        way = "normal" if self.path.endswith("?signed") else self.server.ways.get(file, "normal")
+        content = b"<html>please log in</html>" if way == "login page" else (FIXTURE / file).read_bytes()
+        if way in (404, 500):
+            return self.send_error(way)
+        if way == "garbled":
+            return self.wfile.write(b"garbled\r\n\r\n")
+        self.send_response(302 if way == "redirect" else 200)
+        if way == "redirect":
+            self.send_header("Location", f"/elsewhere/{file}?signed")
+            self.send_header("X-Linked-Size", str(len(content)))
+            content = b""
+        if way == "chunked, cut":
+            self.send_header("Transfer-Encoding", "chunked")
+            content = b"%x\r\n" % len(content) + content
+        elif way not in ("no length", "no length, cut"):
+            self.send_header("Content-Length", str(len(content) + 10 * (way == "wrong length")))
+        self.end_headers()
+        self.wfile.write(content[:len(content) // 2] if "cut" in way else content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server on localhost: `ways` says how it serves each file, `log` lists the requests."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.ways, server.log = {}, []
+        server.cache = tmp_path / "home" / "termwise" / "gpt2"
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("no_proxy", "*")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def forbid(*args, **kwargs):
+    raise AssertionError("a pickle was read")
+
+
+BOTH = ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("way", ["normal", "redirect", "no length"])
+def test_a_name_is_downloaded_once(hub, monkeypatch, capsys, way):
+    """Two files, from HF_ENDPOINT into HF_HOME/termwise; said on stderr; then the network is left alone.
+    Redirects to another place are followed, and a server need not announce a length. Nothing is unpickled."""
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, forbid)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # the cache may be on another disk
+    hub.ways = dict.fromkeys(BOTH, way)
+    assert is_fixture(GPT.from_pretrained("gpt2"))
+    assert files(hub.cache) == BOTH
+    assert all((hub.cache / file).read_bytes() == (FIXTURE / file).read_bytes() for file in BOTH)
+    asked = {path for path in hub.log if not path.startswith("/elsewhere/")}
+    assert asked == {f"/openai-community/gpt2/resolve/main/{file}" for file in BOTH}
+    out, err = capsys.readouterr()
+    assert out == "" and str(hub.cache) in err and "//openai" not in err
+    hub.log.clear()
+    assert is_fixture(GPT.from_pretrained("gpt2"))
+    assert hub.log == [] and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("file", BOTH)
+@pytest.mark.parametrize("way, says", [
+    ("cut", ["bytes"]), ("no length, cut", []), ("chunked, cut", ["IncompleteRead"]),
+    ("wrong length", ["bytes"]), (404, ["404"]), (500, ["500"]), ("login page", []), ("garbled", ["garbled"]),
+])
+def test_a_download_that_fails_is_one_line_and_the_next_one_starts_afresh(hub, file, way, says):
+    """A cut connection, in each of three ways, a wrong length, an error, a page of HTML, no HTTP: the
+    message names the address, nothing stays under the file's name or beside it, a second call succeeds."""
+    hub.ways = {file: way}
+    refused(GPT.from_pretrained, "gpt2", says=[f"gpt2/resolve/main/{file}", "try again", *says])
+    assert files(hub.cache) == ["config.json"] * (file == "model.safetensors")
+    hub.ways = {}
+    assert is_fixture(GPT.from_pretrained("gpt2"))
+    assert files(hub.cache) == BOTH
+
+
+def test_an_interrupted_download_leaves_nothing_behind_and_starts_afresh(hub, monkeypatch):
+    """Ctrl-C in the middle of the weights; a part that a killed process left is never taken for the model."""
+    download = torch.hub.download_url_to_file
+
+    def interrupted(url, dst):
+        download(url, dst)
+        if dst.endswith("model.safetensors"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.hub, "download_url_to_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            GPT.from_pretrained("gpt2")
+    assert files(hub.cache) == ["config.json"]
+    for left in ("killed/model.safetensors", "killed/model.safetensors.01.partial", "model.safetensors.part"):
+        (hub.cache / left).parent.mkdir(exist_ok=True)
+        (hub.cache / left).write_bytes(b"half")
+    assert is_fixture(GPT.from_pretrained("gpt2"))
+
+
+def test_processes_that_download_at_once_do_not_disturb_each_other(hub):
+    """As the ranks of one machine would: all get the whole model, and nothing else stays."""
+    with ThreadPoolExecutor(8) as pool:
+        assert all(map(is_fixture, pool.map(GPT.from_pretrained, ["gpt2"] * 8)))
+    assert files(hub.cache) == BOTH
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "no-address"])
+def test_no_network_is_one_line(hub, monkeypatch, endpoint):
+    """A refused connection, and an endpoint that is no address."""
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    refused(GPT.from_pretrained, "gpt2", says=[endpoint, "try again, or pass a folder"])
+
+
+def test_the_cache_is_in_the_home_folder_by_default(hub, monkeypatch, tmp_path):
+    """~/.cache/termwise, when HF_HOME is not set or empty."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    for unset in (lambda: monkeypatch.delenv("HF_HOME"), lambda: monkeypatch.setenv("HF_HOME", "")):
+        unset()
+        assert pretrained.download("gpt2") == tmp_path / "me" / ".cache" / "termwise" / "gpt2"
