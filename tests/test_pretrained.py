@@ -138,7 +138,7 @@ class Edited(Tabled):
 
 
 def test_a_model_of_another_architecture_is_saved_under_its_own_names_and_opens_here_alone(tmp_path):
-    """Bit-equal, and with its table, which a model with GPT-2's parameters keeps too; GPT refuses the folder."""
+    """Bit-equal, and with its table, which a GPT-2 with a table keeps too; GPT refuses the folder."""
     model = Edited(GPTConfig(**SMALL))
     model.save_pretrained(tmp_path, eos=3)
     config = json.loads((tmp_path / "config.json").read_text())
