@@ -99,7 +99,7 @@ def write_folder(folder, write):
 
 
 def write_json(path, value):
-    write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
+    write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
 
 def file_hash(path):

@@ -448,7 +448,7 @@ def test_where_every_prompt_is_frequent_the_split_is_by_pair_and_equal_pairs_sta
 
 def test_one_pair_or_the_same_pair_again_and_again_cannot_be_split():
     for pairs in (many_pairs(1), many_pairs(1).select(np.zeros(50, dtype=int))):
-        with pytest.raises(data.DataError, match="no group of pairs is small enough to hold out; pass --val_data"):
+        with pytest.raises(data.DataError, match="no group of pairs is small enough to hold out"):
             data.hold_out(pairs)
 
 

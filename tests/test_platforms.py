@@ -57,6 +57,7 @@ from tools import plot
 run, data, prompts, flags = sys.argv[1:]
 train.main(["--data", data, "--out_dir", run, "--tokenizer", "bytes", *flags.split()])
 sample.main([run, "--prompts", prompts, "--heat"])
+sys.stdout.reconfigure(errors="strict")  # as in a process of its own
 plot.main([run])
 """
 
@@ -78,7 +79,7 @@ def test_paths_with_spaces_and_letters_of_any_script_work_and_so_does_an_ascii_t
     assert (folder / "mein Lauf ü" / "runs.png").exists()
 
 
-@pytest.mark.parametrize("device", ["mps", "cuda:99", "meta", "nonsense", ""])
+@pytest.mark.parametrize("device", ["mps", "cuda:99", "meta", "nonsense", "hpu", ""])
 @pytest.mark.parametrize("main, flags", [(train.main, []), (sample.main, ["out", "--prompt", "x"])])
 def test_a_device_that_is_absent_or_none_is_one_clear_line(
         device, main, flags, tmp_path, monkeypatch, capsys):

@@ -89,14 +89,12 @@ BOM = "\ufeff"
     ("p.json", BOM + '["first:", {"prompt": "second:"},\n "{third}:"]', ["first:", "second:", "{third}:"]),
     ("p.csv", "prompt,chosen\nfirst:,x\n", ["first:"]),
     ("-", BOM + "first:\n", ["first:"])])
-def test_prompts_come_from_files_of_texts_or_data_and_from_stdin(
-        run, name, text, prompts, tmp_path, capsys, monkeypatch):
+def test_prompts_come_from_files_of_texts_or_data_and_from_stdin(name, text, prompts, tmp_path, monkeypatch):
     """One prompt a line, plain or JSON, or the "prompt" of each record of a data file; - is stdin."""
     (tmp_path / name).write_bytes(text.encode())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
-    sample.main([str(run), "--max_new_tokens", "2", "--prompts", name])
-    assert re.findall(r"prompt: (.*)", capsys.readouterr().out) == prompts
+    assert sample.read_prompts(name) == prompts
 
 
 @pytest.mark.parametrize("name, text, says", [
@@ -114,9 +112,12 @@ def test_what_is_no_prompt_is_named(run, name, text, says, tmp_path, capsys, mon
     assert e.value.code == 2 and f"--prompts {says}" in err and err.count("\n") == 1, err
 
 
-def test_chat_renders_a_human_turn(run, capsys):
-    sample.main([str(run), "--max_new_tokens", "2", "--prompt", "Hi", "--chat"])
-    assert "prompt: Human: Hi\n\nAssistant:\n" in capsys.readouterr().out
+def test_every_prompt_is_answered_and_chat_renders_a_human_turn(run, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("first\nsecond\n")
+    flags = [str(run), "--max_new_tokens", "2", "--prompt", "Hi", "--prompts", str(tmp_path / "p.txt")]
+    sample.main([*flags, "--chat"])
+    prompts = re.findall(r"prompt: (.*)\n\n(.*)", capsys.readouterr().out)
+    assert prompts == [(f"Human: {text}", "Assistant:") for text in ("Hi", "first", "second")]
 
 
 def test_a_reference_of_fewer_positions_shortens_the_prompt_for_both(run, capsys):
