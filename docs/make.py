@@ -64,7 +64,7 @@ FIGURES = {
     "frontier": """True reward against KL from the reference, on toy reviews whose reward is known: what every
 loss reaches, and dotted Eq. 4 of the DPO paper, which no policy can exceed.""",
     "edit_distance": """Chosen log-probability when the rejected answer differs in few digits: in the mean of
-five seeds DPO lowers even the chosen tokens that nobody edited (its interval reaches zero), DPOP does not.""",
+five seeds DPO lowers even chosen tokens that nobody edited (the interval reaches zero), DPOP does not.""",
 }
 
 
