@@ -3,9 +3,10 @@
 B pairs, T columns, N response tokens, S segments per response, A aspects; P, C, R tokens of a pair's prompt,
 chosen and rejected response (end-of-text counted).
 
-A pair is one row, [prompt | chosen | rejected]: the prompt is computed once, the positions of both
-responses continue from it, and a token sees the prompt and its own branch. `collate` also lists the response
-tokens flat and says which hidden state predicts each: the shift by one is `predicting_columns`, used once.
+A pair is one stretch of a row, [prompt | chosen | rejected]: the prompt is computed once, the positions of
+both responses continue from it, and a token sees the prompt and its own branch. A row holds one pair, or many
+back to back (packed). `collate` also lists the response tokens flat and says which hidden state predicts
+each: the shift by one is `predicting_columns`, used once.
 
 Files are read in plumbing/formats.py, vocabularies in plumbing/vocab.py.
 """
@@ -19,6 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from losses import segment_rewards, segment_sum
 
@@ -185,6 +187,11 @@ class Pairs:
                     np.repeat(np.arange(S_l), sizes[S_w:]), scores[:S_w], scores[S_w:], self.where[i],
                     number=int(i))
 
+    def keys(self, first, end):
+        """A hash of each pair's ids between two of its edges: 0 prompt 1 chosen 2 rejected 3."""
+        edges = self.rows[:, :4].cumsum(-1)[:, [first, end]]
+        return [hashlib.sha256(self.ids[a:b]).digest() for a, b in edges]
+
     def select(self, index):
         """The pairs of an index array; the ids are shared."""
         return replace(self, rows=self.rows[index], where=[self.where[i] for i in index])
@@ -243,10 +250,9 @@ def hold_out(pairs, fraction=0.1, at_most=256):
     least) is held out: a prompt with more pairs than are left to take is passed over. Where every prompt is
     that frequent, the split is by pair. Raises DataError where there is no second pair.
     """
-    edges = pairs.rows[:, :4].cumsum(-1)  # in ids, of prompt, chosen, rejected, end
     room = max(1, min(int(fraction * len(pairs)), at_most))
-    for columns in ([0, 1], [1, 3]):  # the prompt; the responses
-        key_of = [hashlib.sha256(pairs.ids[a:b]).digest() for a, b in edges[:, columns]]
+    for edges in ((0, 1), (1, 3)):  # the prompt; the responses
+        key_of = pairs.keys(*edges)
         counts, held, left = Counter(key_of), set(), room
         for key in sorted(counts):
             if counts[key] <= left:
@@ -273,12 +279,17 @@ def step_indices(n, batch_size, seed, step):
     return np.concatenate([permutation(n, seed, e)[at[epoch == e]] for e in np.unique(epoch).tolist()])
 
 
-def micro_batches(pairs, index, size, tokens=10**9):
+def micro_batches(pairs, index, size=None, tokens=10**9, multiple=1, packed=False):
     """Cut the pairs of a step into micro-batches, longest first: less padding, the same gradient. Each holds
-    at most `size` pairs, and at most `tokens` tokens with their padding, or one pair."""
+    at most `size` pairs, and at most `tokens` tokens with the padding of `collate`, or one pair."""
     index, micros = index[np.argsort(-pairs.lengths[index], kind="stable")], []
     while len(index):
-        n = max(1, min(size, tokens // pairs.lengths[index[0]]))  # the longest row comes first
+        lengths = pairs.lengths[index]  # the longest first
+        if packed:
+            fit = np.searchsorted(lengths.cumsum(), tokens, side="right")
+        else:
+            fit = tokens // (math.ceil(lengths[0] / multiple) * multiple)
+        n = max(1, min(size or len(index), fit))
         micros.append(index[:n])
         index = index[n:]
     return micros
@@ -287,15 +298,18 @@ def micro_batches(pairs, index, size, tokens=10**9):
 # ---------------------------------------------------------------------------------------------------------
 # Pairs -> Batch
 
-PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # branches of a row
+PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # branches of a pair
+TILE = 128  # columns that attention kernels work on at once
 
 
 @dataclass
 class Batch:
-    """B pairs, one row each, and their response tokens listed flat: pair by pair, chosen then rejected."""
-    tokens: torch.Tensor  # (B, T)
-    positions: torch.Tensor  # (B, T), both responses continue from the prompt
-    branch: torch.Tensor  # (B, T), PROMPT, CHOSEN, REJECTED or PADDING
+    """B pairs in B rows, or packed in one, and their response tokens listed flat: pair by pair, chosen then
+    rejected. G rows."""
+    tokens: torch.Tensor  # (G, T)
+    positions: torch.Tensor  # (G, T), both responses continue from the prompt
+    branch: torch.Tensor  # (G, T), PROMPT, CHOSEN, REJECTED or PADDING
+    owner: torch.Tensor  # (G, T), which pair of the batch a token belongs to; padding is no pair's
     source: torch.Tensor  # (2, N), row and column of the hidden state that predicts each response token
     target: torch.Tensor  # (N,), that token
     response: torch.Tensor  # (N,), 2 b for the chosen response of pair b, 2 b + 1 for the rejected one
@@ -304,31 +318,47 @@ class Batch:
     segment_mask: torch.Tensor  # (B, 2, S), True where a segment has a token
     length: torch.Tensor  # (B, 2), C and R
     pair: torch.Tensor  # (B,), the numbers of the pairs in their data set
+    numbers: list  # the same, where no device need be asked
     starts: list  # B + 1 offsets: pair b owns response tokens starts[b] ... starts[b + 1] - 1
+    begins: np.ndarray | None = None  # of a packed row: the columns where the owner changes
     branched: bool = True  # some row holds a rejected response
     weight: float = 1.0  # 0 for a batch that only keeps another rank company
 
     def __len__(self):
-        return len(self.tokens)
+        return len(self.pair)
 
     def to(self, device):
-        """The batch on a device; from pinned memory, so that a copy to a GPU runs beside its kernels."""
-        pin = torch.device(device).type == "cuda"
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
-        return replace(self, **{name: (x.pin_memory() if pin else x).to(device, non_blocking=pin)
-                                for name, x in moved.items()})
+        """The batch on a device."""
+        return replace(self, **{f.name: move(getattr(self, f.name), device)
+                                for f in fields(self) if f.type is torch.Tensor})
+
+    def may_attend(self, row, head, q, k):
+        """True where token q sees token k: never ahead, in the same pair, the prompt or the own branch."""
+        own, branch = self.owner, self.branch
+        same_pair, same_branch = own[row, q] == own[row, k], branch[row, q] == branch[row, k]
+        return (k <= q) & same_pair & (same_branch | (branch[row, k] == PROMPT))
 
     def mask(self):
-        """(B, 1, T, T), True where token q may attend to k: the prompt and the own branch, never ahead.
-
-        None where no row holds a rejected response: such rows are plainly causal.
-        """
-        if not self.branched:
+        """(G, 1, T, T), True where a token (row) may attend to another (column); on CUDA, for a packed row,
+        a BlockMask. None where each row is one response: plainly causal."""
+        packed = self.begins is not None
+        if not (self.branched or packed):
             return None
-        T = self.tokens.shape[-1]
-        branch_q, branch_k = self.branch[:, None, :, None], self.branch[:, None, None, :]
-        causal = torch.ones(T, T, dtype=torch.bool, device=self.tokens.device).tril()
-        return causal & ((branch_k == PROMPT) | (branch_k == branch_q))
+        if packed and self.tokens.is_cuda:
+            return self.block_mask()
+        G, T = self.tokens.shape
+        q = torch.arange(T, device=self.tokens.device)
+        return self.may_attend(torch.arange(G, device=q.device).view(G, 1, 1, 1), 0, q[:, None], q)
+
+    def block_mask(self):
+        """The same for FlexAttention: of each TILE of queries, the tiles of keys that it may see some of."""
+        tile = np.arange(self.tokens.shape[1] // TILE)  # it looks back to where its first token's pair begins
+        first = self.begins[np.searchsorted(self.begins, TILE * tile, side="right") - 1] // TILE
+        count = tile - first + 1
+        index = np.where(tile < count[:, None], first[:, None] + tile, 0)
+        count, index = (move(torch.from_numpy(x.astype(np.int32)[None, None]), self.tokens.device)
+                        for x in (count, index))  # (1, 1, tiles), (1, 1, tiles, tiles)
+        return BlockMask.from_kv_blocks(count, index, BLOCK_SIZE=TILE, mask_mod=self.may_attend)
 
     def chunks(self, max_tokens):
         """(pairs, n): slices of whole pairs and of their response tokens, at most max_tokens, or one pair."""
@@ -339,6 +369,13 @@ class Batch:
                 end += 1
             yield slice(first, end), slice(self.starts[first], self.starts[end])
             first = end
+
+
+def move(x, device):
+    """A tensor of the CPU on a device; from pinned memory, so that a copy to a GPU waits for no kernel."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def predicting_columns(P, C, R):
@@ -352,26 +389,33 @@ def predicting_columns(P, C, R):
     return columns
 
 
-def collate(pairs, multiple=1):
-    """Pairs -> Batch. T is the longest row, rounded up to a multiple.
+def collate(pairs, multiple=1, packed=False):
+    """Pairs -> Batch. Each pair has a row, or all stand in one (packed); T is rounded up to a multiple.
 
         row        [ prompt 0 ... P-1 | chosen P ... P+C-1 | rejected P ... P+R-1 | padding 0 ]   (positions)
+        packed     [ prompt | chosen | rejected | prompt | chosen | rejected | ... | padding ]
     """
-    T = math.ceil(max(map(len, pairs)) / multiple) * multiple
+    T = math.ceil((sum if packed else max)(map(len, pairs)) / multiple) * multiple
+    grid = (1 if packed else len(pairs), T)
     S = max(max(len(p.chosen_scores), len(p.rejected_scores)) for p in pairs)
     A = pairs[0].chosen_scores.shape[-1]
-    tokens, positions = np.zeros((2, len(pairs), T), dtype=np.int64)
-    branch = np.full((len(pairs), T), PADDING)
+    tokens, positions = np.zeros((2, *grid), dtype=np.int64)
+    branch = np.full(grid, PADDING)
+    owner = np.tile(len(pairs) + np.arange(T) // TILE, (grid[0], 1))  # padding sees no more than its own tile
     scores = np.zeros((len(pairs), 2, S, A), dtype=pairs[0].chosen_scores.dtype)
     segment_mask = np.zeros((len(pairs), 2, S), dtype=bool)
     row, column, target, response, segment = [], [], [], [], []
+    end = 0
     for b, p in enumerate(pairs):
         P, C, R = len(p.prompt), len(p.chosen), len(p.rejected)
-        tokens[b, :P + C + R] = np.concatenate([p.prompt, p.chosen, p.rejected])
-        positions[b, :P + C + R] = np.concatenate([np.arange(P), P + np.arange(C), P + np.arange(R)])
-        branch[b, :P + C + R] = np.repeat([PROMPT, CHOSEN, REJECTED], [P, C, R])
-        row.append(np.full(C + R, b))
-        column.append(predicting_columns(P, C, R))
+        r, start = (0, end) if packed else (b, 0)
+        end = start + P + C + R
+        tokens[r, start:end] = np.concatenate([p.prompt, p.chosen, p.rejected])
+        positions[r, start:end] = np.concatenate([np.arange(P), P + np.arange(C), P + np.arange(R)])
+        branch[r, start:end] = np.repeat([PROMPT, CHOSEN, REJECTED], [P, C, R])
+        owner[r, start:end] = b
+        row.append(np.full(C + R, r))
+        column.append(start + predicting_columns(P, C, R))
         target += [p.chosen, p.rejected]
         response.append(np.repeat([2 * b, 2 * b + 1], [C, R]))
         segment += [2 * b * S + p.chosen_segment, (2 * b + 1) * S + p.rejected_segment]
@@ -381,11 +425,13 @@ def collate(pairs, multiple=1):
         segment_mask[b, 1, p.rejected_segment] = True
     flat = [torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (target, response, segment)]
     source = torch.from_numpy(np.stack([np.concatenate(row), np.concatenate(column)]).astype(np.int64))
-    grids = [torch.from_numpy(x) for x in (tokens, positions, branch)]
+    grids = [torch.from_numpy(x) for x in (tokens, positions, branch, owner)]
     length = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs])
-    number = torch.tensor([p.number for p in pairs])
+    numbers = [p.number for p in pairs]
     return Batch(*grids, source, *flat, torch.from_numpy(scores), torch.from_numpy(segment_mask), length,
-                 number, starts=[0, *length.sum(-1).cumsum(0).tolist()], branched=bool(length[:, 1].any()))
+                 torch.tensor(numbers), numbers, starts=[0, *length.sum(-1).cumsum(0).tolist()],
+                 begins=np.flatnonzero(np.diff(owner[0], prepend=-1)) if packed else None,
+                 branched=bool(length[:, 1].any()))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -413,9 +459,9 @@ def pair_terms(batch, pairs, logps, ref_logps, kl, aspect_weights=None):
             sums = segment_sum(values, place, math.prod(shape)).view(shape)
             terms[name.format("chosen")], terms[name.format("rejected")] = sums.unbind(1)
     if A:
-        weights = torch.tensor([1 / A] * A if aspect_weights is None else aspect_weights, dtype=torch.float64)
         scores = batch.scores[pairs].to(logps.dtype)  # (B, 2, S, A)
-        rewards = segment_rewards(scores, weights.to(scores.dtype).to(scores.device))  # (B, 2, S)
+        weights = torch.stack([scores.new_full((), w) for w in aspect_weights or [1 / A] * A])  # filled there
+        rewards = segment_rewards(scores, weights)  # (B, 2, S)
         terms["chosen_rewards"], terms["rejected_rewards"] = rewards.unbind(1)
         terms["chosen_mask"], terms["rejected_mask"] = batch.segment_mask[pairs].unbind(1)
     terms["chosen_length"], terms["rejected_length"] = batch.length[pairs].unbind(1)

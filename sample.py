@@ -20,9 +20,9 @@ from model import GPT
 from plumbing import formats, machine, vocab
 from plumbing.errors import ConfigError
 from plumbing.files import read_bytes
-from plumbing.flags import check_vocabulary
+from plumbing.flags import check_vocabulary, model_sizes
 from plumbing.folder import read_run
-from plumbing.report import fail, one_line_errors
+from plumbing.report import fail, one_line_errors, sampling
 
 
 def read_prompts(path):
@@ -145,6 +145,7 @@ def load(args):
     if ref is None:
         raise ConfigError(f"{args.out_dir}: this run has no reference; name one with --ref")
     tokenizer = Tokenizer(args.out_dir)
+    model_sizes("ref", ref)  # refuses a folder that is not there, or not there any more
     policy, reference = (GPT.from_pretrained(name).to(args.device) for name in (args.out_dir, ref))
     if vocab.is_in(ref) and Tokenizer(ref).hash != tokenizer.hash:
         raise ConfigError(f"--ref {ref}: has another tokenizer than the run")
@@ -189,9 +190,11 @@ def sample(args):
 
 def generate(model, tokenizer, prompt, args):
     """One sampled answer, ids (N,), end-of-text included where the model wrote it."""
-    tokens = model.generate(torch.from_numpy(prompt[None]).to(args.device), args.max_new_tokens,
-                            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                            eos=tokenizer.eot, generator=torch.Generator(args.device).manual_seed(args.seed))
+    with sampling(model, tokenizer):
+        tokens = model.generate(torch.from_numpy(prompt[None]).to(args.device), args.max_new_tokens,
+                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                eos=tokenizer.eot,
+                                generator=torch.Generator(args.device).manual_seed(args.seed))
     return tokens[0, len(prompt):].cpu().numpy()
 
 

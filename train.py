@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from data import PADDING, collate, micro_batches, pair_terms, step_indices
+from data import TILE, collate, micro_batches, pair_terms, step_indices
 from losses import LOSSES, knobs_of, terms_of, token_kl, token_logps
 from model import GPT, GPTConfig
 from plumbing import flags, ranks, report
@@ -42,7 +42,7 @@ class Config:
     # optimization
     steps: int | None = None  # optimizer steps; default 40, sft 150
     batch_size: int = 64  # pairs in an optimizer step
-    micro_batch_size: int = 16  # most pairs in a forward pass: changes the memory, not the gradient
+    micro_batch_size: int | None = None  # most pairs in a forward pass; default: as the tokens allow
     micro_batch_tokens: int | None = None  # most tokens there, padding included; default 2048, 32768 on cuda
     lr: float | None = None  # AdamW's learning rate; default 5e-5, sft 2e-3: for small models from scratch
     warmup_steps: int = 10  # of linear warm-up; constant after it, so that --steps may grow
@@ -70,6 +70,7 @@ class Config:
     dtype: str | None = None  # float32, bfloat16 (autocast), float64; default bfloat16 on cuda, else float32
     compile: bool | None = None  # torch.compile the trunk; default: on cuda, over 10 000 ids, with a compiler
     compile_head: bool | None = None  # and the head; default: as --compile, or on the cpu over 10 000 ids
+    pack: bool | None = None  # pairs back to back in one row; default: on cuda, where the trunk is compiled
     head_tokens: int | None = None  # response tokens with logits at once; default: 2^24 logits, 2^28 on cuda
 
 
@@ -85,9 +86,10 @@ def precision(cfg):
 
 def hidden_states(model, batch, cfg):
     """The trunk: the hidden state that predicts each response token of a batch, (N, C)."""
-    trunk = machine.compiled(model) if cfg.compile else model
+    if cfg.compile:
+        machine.compile_blocks(model, dynamic=not cfg.pack)  # packed rows have one length
     with precision(cfg):
-        hidden = trunk(batch.tokens, batch.positions, batch.mask())  # (B, T, C)
+        hidden = model(batch.tokens, batch.positions, batch.mask())  # (G, T, C)
     row, column = batch.source
     return hidden[row, column]
 
@@ -163,19 +165,32 @@ def step(policy, reference, batch, loss, scale, cfg):
     if scale is not None:
         hidden.backward(grad)                                           # once through the trunk
     rows = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    return rows | {"pair": batch.pair, "tokens": (batch.branch != PADDING).sum(-1)}
+    return rows | {"pair": batch.pair}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Many micro-batches
 
 
-def batches(pairs, index, cfg, policy):
+def row_length(pairs, cfg):
+    """The one length of all packed rows, in which a step leaves little room: 1.15 of its mean, since steps
+    differ, over the fewest rows of --micro_batch_tokens."""
+    need = 1.15 * pairs.lengths.mean() * cfg.batch_size / ranks.world()
+    row = need / math.ceil(need / cfg.micro_batch_tokens)
+    return math.ceil(max(row, pairs.lengths.max()) / TILE) * TILE
+
+
+def batches(pairs, index, cfg):
     """The micro-batches of some pairs, on the device. Under torchrun: this rank's share of them."""
-    micros = micro_batches(pairs, index, cfg.micro_batch_size, cfg.micro_batch_tokens)
-    multiple = 128 if cfg.compile or cfg.device.startswith("cuda") else 1  # rows that fill the kernels' tiles
-    for micro, weight in ranks.share(micros, policy):
-        batch = collate([pairs[i] for i in micro], multiple)
+    tokens, multiple = cfg.micro_batch_tokens, 1
+    if cfg.pack:  # rows of one length: one graph
+        tokens = multiple = row_length(pairs, cfg)
+    elif cfg.compile or cfg.device.startswith("cuda"):
+        multiple = TILE
+    cut = partial(micro_batches, pairs, size=cfg.micro_batch_size, tokens=tokens, multiple=multiple,
+                  packed=cfg.pack)
+    for micro, weight in ranks.share(index, cut):
+        batch = collate([pairs[i] for i in micro], multiple, cfg.pack)
         batch.weight = weight
         yield batch.to(cfg.device)
 
@@ -212,7 +227,7 @@ def metrics(t, cfg):
 def evaluate(policy, reference, pairs, cfg):
     """The metrics over held-out pairs; the reference runs live, for the KL."""
     rows = [step(policy, reference, batch, LOSSES[cfg.loss], None, cfg)
-            for batch in batches(pairs, np.arange(len(pairs)), cfg, policy)]
+            for batch in batches(pairs, np.arange(len(pairs)), cfg)]
     ranks.reshard(policy)
     return metrics(joined(rows, len(pairs)), cfg)
 
@@ -232,12 +247,12 @@ def check_start(policy, reference, pairs, cfg):
             return loss(**terms)
         return at_reference
 
-    some = np.arange(min(len(pairs), cfg.micro_batch_size * ranks.world()))
+    some = np.arange(min(len(pairs), 16 * ranks.world()))
     nats = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]  # a log-ratio may be off by
     means = []
     for variant in (loss, moved(0), moved(nats)):
         rows = [step(policy, reference, batch, variant, None, cfg)
-                for batch in batches(pairs, some, cfg, policy)]
+                for batch in batches(pairs, some, cfg)]
         means.append(joined(rows, len(some))["loss"].mean().item())
     found, expected, limit = means
     ranks.reshard(policy)
@@ -268,14 +283,24 @@ def train(policy, reference, pairs, val, cfg, run):
     loss, optimizer = LOSSES[cfg.loss], make_optimizer(policy, cfg)
     run.restore(policy, optimizer)
     run.evaluate(run.first, evaluate, policy, reference, val, cfg)
-    for i in run.steps():
+
+    def prepare(i):
+        """The pairs of step i, and their micro-batches."""
         index = step_indices(len(pairs), cfg.batch_size, cfg.seed, i - 1)
+        return index, list(batches(pairs, index, cfg))
+
+    upcoming = prepare(run.first + 1)
+    for i in run.steps():
+        index, micros = upcoming
         scale = 1 / count(pairs, index, loss)  # the one division of a step
-        rows = [step(policy, reference, batch, loss, scale * batch.weight, cfg)
-                for batch in batches(pairs, index, cfg, policy)]
+        rows = []
+        for batch in micros:
+            ranks.reduce_gradients(policy, batch is micros[-1])
+            rows.append(step(policy, reference, batch, loss, scale * batch.weight, cfg))
+        upcoming = prepare(i + 1)  # a GPU is still computing meanwhile
         terms = joined(rows, len(index))  # {name: (pairs of the whole step,)}
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
-        run.check(i, terms, norm)  # stops before an update that would destroy the policy
+        run.check(i, index, terms, norm)  # stops before an update that would destroy the policy
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, i / max(1, cfg.warmup_steps))
         optimizer.step()
@@ -322,7 +347,13 @@ def run_once(cfg, start, tokenizer, pairs, val):
     model = load_model("ref", ref, cfg).requires_grad_(False) if ref else None
     identity = identity_of(cfg, pairs, val, tokenizer, start and weights_hash(policy),
                            ref and weights_hash(model))
+    return run_models(cfg, identity, start, ref, tokenizer, pairs, val, policy, model)
 
+
+def run_models(cfg, identity, start, ref, tokenizer, pairs, val, policy, model):
+    """The run that `identity` identifies, with its models in memory. ref and model, the reference's, may be
+    None. Returns (policy, ref), or (None, None) where the run was finished before."""
+    loss = LOSSES[cfg.loss]
     segmented = "chosen_rewards" in terms_of(loss)
     maximum = pairs.score_maximum() if segmented else None
     pairs, val = (as_read(part, cfg, maximum) for part in (pairs, val))

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -108,7 +107,7 @@ def kept(job):
     world, n = thing if isinstance(thing, tuple) else (None, None)
     path = Path(store, f"{key_of(thing)}.json" if n is None else f"{key_of(world)}-{n}.json")
     if path.exists():
-        return json.loads(path.read_text()) | {"from_store": True}
+        return json.loads(path.read_text(encoding="utf-8")) | {"from_store": True}
     cpu, wall = time.process_time(), time.perf_counter()
     if n is not None:
         result = {"rewards": reference_rewards(world, n, store)}
@@ -118,7 +117,7 @@ def kept(job):
         result = replay(thing, store)
     result |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(result))
+    part.write_text(json.dumps(result), encoding="utf-8")
     part.replace(path)
     return result
 
@@ -276,10 +275,20 @@ def commit():
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 
 
+def peak_of_workers():
+    """MB: the largest resident size of a process, or None where there is no telling."""
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return None
+    unit = 2**20 if platform.system() == "Darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit)
+
+
 def hardware():
     name = platform.processor() or platform.machine()
     try:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
     except (OSError, TypeError):
         pass
     return f"{name}, {os.cpu_count()} cores"
@@ -307,23 +316,23 @@ def run_claims(claims, setting, places, store, workers, say=print, command=""):
     total = {"wall_s": round(time.perf_counter() - start), "runs": len(results),
              "cpu_s": round(sum(r["cpu_s"] for r in results.values())),
              "taken_from_store": sum("from_store" in r for r in results.values()),
-             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)}
+             "peak_memory_mb": peak_of_workers()}
     if len(claims) > 1:
-        (places.results / "made.json").write_text(json.dumps(made | total, indent=1) + "\n")
+        (places.results / "made.json").write_text(json.dumps(made | total, indent=1) + "\n", encoding="utf-8")
     say(f"{total['wall_s']} s, {total['cpu_s']} CPU seconds in {total['runs']} runs and references, "
         f"{total['taken_from_store']} of them from the store")
 
 
 def write(claim, summary, places, say):
     text = json.dumps(summary, indent=None, separators=(",", ":"), default=float)
-    (places.results / f"{claim.NAME}.json").write_text(text + "\n")
+    (places.results / f"{claim.NAME}.json").write_text(text + "\n", encoding="utf-8")
     claim.draw(json.loads(text), places.figures / f"{claim.NAME}.png")
     say(f"\n{claim.TITLE}\n\n{markdown(summary)}")
 
 
 def draw_again(claims, places):
     for claim in claims:
-        summary = json.loads((places.results / f"{claim.NAME}.json").read_text())
+        summary = json.loads((places.results / f"{claim.NAME}.json").read_text(encoding="utf-8"))
         claim.draw(summary, places.figures / f"{claim.NAME}.png")
 
 
@@ -333,7 +342,7 @@ def with_tables(text, results):
     The block named verdicts has the verdicts of all claims, in the order of their blocks.
     """
     def read(name):
-        return json.loads((Path(results) / f"{name}.json").read_text())
+        return json.loads((Path(results) / f"{name}.json").read_text(encoding="utf-8"))
 
     def block(match):
         if match[1] == "verdicts":
@@ -381,7 +390,8 @@ def main(claims, argv=None):
         if args.draw:
             draw_again(claims, places)
         if args.tables:
-            places.readme.write_text(with_tables(places.readme.read_text(), places.results))
+            text = with_tables(places.readme.read_text(encoding="utf-8"), places.results)
+            places.readme.write_text(text, encoding="utf-8")
         return
     flags = sys.argv[1:] if argv is None else argv
     run_claims(claims, setting, places, args.store, args.workers, say=lambda text: print(text, flush=True),

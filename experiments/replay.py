@@ -407,7 +407,7 @@ def replay(run, store):
         index = data.step_indices(len(pairs), run.batch_size, seed, step)
         scale = 1 / train.count(pairs, index, loss)
         terms = train.joined([train.step(policy, reference, batch, loss, scale, cfg)
-                              for batch in train.batches(pairs, index, cfg, policy)], len(index))
+                              for batch in train.batches(pairs, index, cfg)], len(index))
         if "ref_chosen_logps" in terms:
             weights.append(gradient_weights(run, terms, margins))
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -5,6 +5,7 @@ Our step is train.step and AdamW, as train.py calls them; nothing of it is writt
               them: the shape of eric-mitchell/direct-preference-optimization
     tdpo      the same with both full softmaxes for the KL: the shape of the official TDPO code
     trl       trl.DPOTrainer as pip installs it, its reference precomputed (--trl_live: not)
+    rows      our own step without packing (--no-pack)
 Both sides have the same weights, the same pairs, the same AdamW and the same precision. Each runs in a
 process of its own; they take turns, step by step, on the same pairs, so that a noisy machine is noisy for
 both. Their losses must agree at every step.
@@ -47,11 +48,14 @@ from model import GPT, GPTConfig  # noqa: E402
 from plumbing import flags, machine  # noqa: E402
 from plumbing.reference import Memory, Reference  # noqa: E402
 
-SIZES = {"4x256": (4, 4, 256), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "tiny": (2, 2, 64)}
-LENGTHS = {"long": ((128, 128), (64, 256)),  # prompt, response: fewest and most tokens
-           "hh": ((96, 275), (28, 110)),     # the middle half and more of HH-RLHF's
-           "short": ((32, 64), (32, 128)),
-           "tiny": ((8, 16), (4, 12))}
+SIZES = {"4x256": (4, 4, 256), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
+         "gpt2-xl": (48, 25, 1600), "tiny": (2, 2, 64)}
+LENGTHS = {  # tokens of a prompt, of a response: {quantile: value}, linear in between
+    "long": ({0: 128, 1: 128}, {0: 64, 1: 256}),
+    "hh": ({0: 11, 0.1: 18, 0.25: 31, 0.5: 96, 0.75: 169, 0.9: 275, 0.99: 547, 1: 845},  # harmless-base, test
+           {0: 2, 0.1: 10, 0.25: 17, 0.5: 32, 0.75: 61, 0.9: 103, 0.99: 230, 1: 572}),
+    "short": ({0: 32, 1: 64}, {0: 32, 1: 128}),
+    "tiny": ({0: 8, 1: 16}, {0: 4, 1: 12})}
 SAME_LOSS = {"float64": 1e-9, "float32": 2e-4, "bfloat16": 2e-2}  # between the two sides, at every step
 BETA, ALPHA = 0.1, 0.5
 
@@ -63,11 +67,12 @@ BETA, ALPHA = 0.1, 0.5
 def make_pairs(o):
     """o.batches x o.pairs pairs of random ids, of the lengths asked for."""
     g = np.random.default_rng(0)
-    (p0, p1), (r0, r1) = LENGTHS[o.lengths]
+
+    def draw(quantiles, n):
+        return np.interp(g.random(n), list(quantiles), list(quantiles.values())).round().astype(int)
 
     def one():
-        P = g.integers(p0, p1 + 1)
-        C, R = g.integers(r0 * o.length_times, r1 * o.length_times + 1, 2)
+        [P], (C, R) = draw(LENGTHS[o.lengths][0], 1), o.length_times * draw(LENGTHS[o.lengths][1], 2)
         prompt, chosen, rejected = np.split(g.integers(0, o.vocab, P + C + R, dtype=np.int32), [P, P + C])
         one_segment = [np.zeros(n, dtype=np.int32) for n in (C, R)]
         no_scores = np.zeros((2, 1, 0), dtype=np.float32)
@@ -147,12 +152,15 @@ class Profile:
 
 def config_of(o):
     """The Config that train.py would resolve for our side."""
+    layers, heads, channels = SIZES[o.size]
     cfg = train.Config(
-        loss=o.loss, beta=BETA, device=o.device, dtype=o.dtype, compile=o.compile, head_tokens=o.head_tokens,
+        loss=o.loss, beta=BETA, batch_size=o.pairs, device=o.device, dtype=o.dtype, compile=o.compile,
+        pack=o.pack, head_tokens=o.head_tokens, n_head=heads, n_embd=channels,
         **({"micro_batch_size": o.micro, "micro_batch_tokens": 10**9} if o.micro else {}))
     filled = flags.defaults_of_loss(cfg)
     filled |= flags.defaults_of_machine(cfg, o.device, argparse.Namespace(vocab_size=o.vocab))
-    return dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
+    return dataclasses.replace(cfg, pack=flags.packs(cfg))
 
 
 def ours(o, pairs, loaded):
@@ -165,7 +173,7 @@ def ours(o, pairs, loaded):
                           partial(train.response_logps, model, cfg=cfg),
                           Memory(Path(o.folder), pairs, cfg.dtype) if remembers else None)
     if remembers:  # as in every epoch but the first
-        for batch in train.batches(pairs, np.arange(len(pairs)), cfg, policy):
+        for batch in train.batches(pairs, np.arange(len(pairs)), cfg):
             reference(batch, with_kl=False)
     optimizer = adamw(policy)
     profile = Profile(o, reference) if o.profile else None
@@ -174,7 +182,7 @@ def ours(o, pairs, loaded):
         if profile:
             profile.restart()
         losses_of_pairs = []
-        for batch in train.batches(pairs, index, cfg, policy):
+        for batch in train.batches(pairs, index, cfg):
             terms = train.step(policy, profile or reference, batch, loss, 1 / len(index), cfg)
             losses_of_pairs.append(terms["loss"])
             if profile:
@@ -186,6 +194,10 @@ def ours(o, pairs, loaded):
 
     step.profile = profile
     return step
+
+
+def rows(o, pairs, loaded):
+    return ours(argparse.Namespace(**vars(o) | {"pack": False}), pairs, loaded)
 
 
 def padded_rows(o, pairs, index):
@@ -207,14 +219,20 @@ def two_models(o, pairs, loaded, loss_of):
     loaded()
     optimizer = adamw(policy)
 
+    def forward(tokens, scored):
+        logits = policy.logits(policy(tokens))  # (2B, T, V); padding is on the right: causal is enough
+        with torch.no_grad():
+            ref_logits = reference.logits(reference(tokens))
+        keep = torch.promote_types(logits.dtype, torch.float32)
+        return loss_of(logits.to(keep), ref_logits.to(keep), tokens, scored).mean()
+
+    if o.peer_compile:
+        forward = torch.compile(forward, dynamic=True)
+
     def step(index):
         tokens, scored = padded_rows(o, pairs, index)
         with train.precision(o):
-            logits = policy.logits(policy(tokens))  # (2B, T, V); padding is on the right: causal is enough
-            with torch.no_grad():
-                ref_logits = reference.logits(reference(tokens))
-        keep = torch.promote_types(logits.dtype, torch.float32)
-        loss = loss_of(logits.to(keep), ref_logits.to(keep), tokens, scored).mean()
+            loss = forward(tokens, scored)
         loss.backward()
         finish_step(policy, optimizer)
         return loss.item()
@@ -280,6 +298,8 @@ def trl(o, pairs, loaded):
         processing_class=tokenizer)
     rows = trainer.train_dataset.to_list()
     trainer.model.train()
+    if o.peer_compile:
+        trainer.model.compile(dynamic=True)
     optimizer = adamw(trainer.model)
 
     def step(index):
@@ -293,7 +313,7 @@ def trl(o, pairs, loaded):
     return step
 
 
-SIDES = {"ours": ours, "classic": classic, "tdpo": tdpo, "trl": trl}
+SIDES = {"ours": ours, "classic": classic, "tdpo": tdpo, "trl": trl, "rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -561,7 +581,8 @@ def say(o, text):
 
 def parse(argv):
     flag = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag.add_argument("--peer", choices=("classic", "tdpo", "trl"), default="classic")
+    flag.add_argument("--peer", choices=("classic", "tdpo", "trl", "rows"), default="classic")
+    flag.add_argument("--peer_compile", action="store_true", help="torch.compile for classic, tdpo or trl")
     flag.add_argument("--loss", choices=("dpo", "tdpo1", "tdpo2"), help="default dpo; tdpo2 against tdpo")
     flag.add_argument("--size", choices=SIZES, default="4x256", help="layers x channels, or a GPT-2")
     flag.add_argument("--lengths", choices=LENGTHS, default="long")
@@ -574,6 +595,7 @@ def parse(argv):
     flag.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag.add_argument("--dtype", choices=SAME_LOSS, help="default: bfloat16 on cuda, float32 on the CPU")
     flag.add_argument("--compile", action=argparse.BooleanOptionalAction, help="ours; default: train.py's")
+    flag.add_argument("--pack", action=argparse.BooleanOptionalAction, help="ours; default: train.py's")
     flag.add_argument("--head_tokens", type=int, help="ours; default: train.py's")
     flag.add_argument("--live", action="store_true", help="ours: the reference runs in every step")
     flag.add_argument("--trl_live", action="store_true", help="TRL's default: the reference in every step")
@@ -585,7 +607,7 @@ def parse(argv):
     flag.add_argument("--work", help=argparse.SUPPRESS)
     o = flag.parse_args(argv)
     o.loss = o.loss or ("tdpo2" if o.peer == "tdpo" else "dpo")
-    if (o.peer == "tdpo") != (o.loss != "dpo") and not (o.scaling or o.profile):
+    if o.peer != "rows" and (o.peer == "tdpo") != (o.loss != "dpo") and not (o.scaling or o.profile):
         flag.error(f"--peer {o.peer} has no --loss {o.loss}")
     for name in ("vocab", "pairs", "layers", "length_times"):
         if o.scaling and getattr(o, name) != flag.get_default(name):
@@ -599,8 +621,8 @@ def main(argv=None):
     if o.work:
         return work(argparse.Namespace(**json.loads(o.work)))
     here = where(o)
-    (p0, p1), (r0, r1) = LENGTHS[o.lengths]
-    step = f"vocabulary {o.vocab}, {o.pairs} pairs of {p0}...{p1} + {r0}...{r1} tokens, " * (not o.scaling)
+    tokens = " + ".join(f"{min(q.values())}...{max(q.values())}" for q in LENGTHS[o.lengths])
+    step = f"vocabulary {o.vocab}, {o.pairs} pairs of {tokens} tokens, " * (not o.scaling)
     about = ", ".join(f"{key} {value}" for key, value in here.items())
     say(o, f"{o.loss}, {o.size}, {step}{o.dtype}\n{about}")
     result = (scaling if o.scaling else profile if o.profile else compare)(o)

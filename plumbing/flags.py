@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import DataError, Tokenizer, hold_out, load
+from data import DataError, Tokenizer, hold_out
 from losses import LOSSES, SELECTING, knobs_of, terms_of
 from model import GPTConfig, ModelError
 from plumbing import formats, machine, pretrained, ranks, report, vocab
@@ -196,9 +196,11 @@ def check_model(flag, name, model, cfg):
 
 
 def check_vocabulary(flag, name, size, tokenizer):
-    if size != tokenizer.vocab_size:
+    """A model may have more rows than its own tokenizer's text has ids: added tokens, and rows that pad the
+    table. They are in the softmax, as where it was trained, but no text becomes them and none is sampled."""
+    if size < tokenizer.vocab_size or size > tokenizer.vocab_size and not vocab.is_in(name):
         raise ConfigError(f"--{flag} {name}: has {size} token ids, the tokenizer {tokenizer.vocab_size}; "
-                          "choose the tokenizer it was trained with")
+                          "choose the tokenizer it was trained with, or put its files into the folder")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -213,13 +215,14 @@ def resolve(Config, argv):
     """
     cfg = parse(Config, argv)
     check(cfg)
-    out_dir = cfg.out_dir or free_folder(cfg.loss)
+    out_dir, flag = cfg.out_dir or free_folder(cfg.loss), "out_dir"
     try:
         check_free(Path(out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
-        for file in formats.list_files([*cfg.data, *cfg.val_data]):
-            file.stat()
+        for flag in ("data", "val_data"):
+            for file in formats.list_files(getattr(cfg, flag)):
+                file.stat()
     except OSError as e:  # no such file, a name that is too long, a folder that may not be searched
-        raise ConfigError(f"{e.filename}: {e.strerror}") from None
+        raise ConfigError(f"--{flag} {e.filename}: {e.strerror}") from None
     device = cfg.device or machine.best_device()
     ranks.start(device)  # all have seen the folders before one writes
     sizes, ref = model_sizes("init", cfg.init), model_sizes("ref", cfg.ref)  # first: no model, no tokenizer
@@ -230,13 +233,19 @@ def resolve(Config, argv):
     if cfg.ref and vocab.is_in(cfg.ref) and Tokenizer(cfg.ref).hash != tokenizer.hash:
         raise ConfigError(f"--ref {cfg.ref}: has another tokenizer than the policy; choose a reference "
                           "that reads the same token ids")
+    if ref and ref.vocab_size != (rows := sizes.vocab_size if sizes else tokenizer.vocab_size):
+        raise ConfigError(f"--ref {cfg.ref}: has {ref.vocab_size} token ids, the policy {rows}; choose a "
+                          "reference with the same rows")
+    if sizes and (stops := pretrained.stops_of(pretrained.folder_of(cfg.init))) not in ([], [tokenizer.eot]):
+        report.say(f"--init {cfg.init} ends its texts at id {', '.join(map(str, stops))} (eos_token_id); "
+                   f"responses end in {vocab.EOT} here, id {tokenizer.eot}, and so will the saved model's")
     filled = defaults_of_loss(cfg) | defaults_of_model(cfg, sizes)
     filled |= defaults_of_machine(cfg, device, tokenizer)
     cfg = dataclasses.replace(cfg, out_dir=out_dir, device=device,
                               **{name: value for name, value in filled.items() if getattr(cfg, name) is None})
     if not sizes:
         GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)  # may refuse
-    return cfg, tokenizer
+    return dataclasses.replace(cfg, pack=packs(cfg)), tokenizer
 
 
 def free_folder(loss):
@@ -278,6 +287,19 @@ def defaults_of_machine(cfg, device, tokenizer):
             "head_tokens": max(1, (2**28 if cuda else 2**24) // tokenizer.vocab_size)}
 
 
+def packs(cfg):
+    """--pack, by default where FlexAttention has a kernel for the run. Without one, the mask of a packed row
+    on a GPU would be as large as the row squared."""
+    if torch.device(cfg.device).type != "cuda":
+        return bool(cfg.pack)
+    wanting = {"--compile": not cfg.compile, "float32 or bfloat16": cfg.dtype == "float64",
+               "16 channels a head": cfg.n_embd < 16 * cfg.n_head}
+    missing = [need for need, is_missing in wanting.items() if is_missing]
+    if cfg.pack and missing:
+        raise ConfigError(f"--pack: FlexAttention on cuda needs {' and '.join(missing)}; leave --pack out")
+    return not missing if cfg.pack is None else cfg.pack
+
+
 def sft_before(cfg):
     """The Config of the SFT run that makes the start of a preference run without --init."""
     reset = {name: None for name in knobs_of(LOSSES[cfg.loss])} | {"rejected_weight": None, "ref": None}
@@ -294,7 +316,7 @@ def model_sizes(flag, name):
         raise ConfigError(f"--{flag} {name}: no such folder; choose one, or a name: "
                           f"{', '.join(pretrained.NAMES)}")
     try:
-        return pretrained.read_config(pretrained.download(name) if name in pretrained.NAMES else Path(name))
+        return pretrained.read_config(pretrained.folder_of(name))
     except ModelError as e:
         raise ConfigError(f"--{flag}: {e}") from None
 
@@ -302,19 +324,25 @@ def model_sizes(flag, name):
 def load_tokenizer(cfg):
     """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
     own = Tokenizer(cfg.init) if cfg.init and vocab.is_in(cfg.init) else None
-    if own is None:
-        return Tokenizer(cfg.tokenizer or ("gpt2" if cfg.data or cfg.init else TOY[2]))
-    if cfg.tokenizer and Tokenizer(cfg.tokenizer).hash != own.hash:
+    try:
+        given = Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    except DataError as e:
+        raise ConfigError(f"--tokenizer: {e}") from None
+    if own and given and given.hash != own.hash:
         raise ConfigError(f"--tokenizer {cfg.tokenizer}: --init {cfg.init} has another one; leave it out")
-    return own
+    return own or given or Tokenizer("gpt2" if cfg.data or cfg.init else TOY[2])
 
 
 def load_data(cfg, tokenizer):
     """(training pairs, held-out pairs), and what was read is printed."""
-    pairs, notes = load(cfg.data or TOY[:1], tokenizer, cfg.block_size)
+    alone = "rejected_logps" not in terms_of(LOSSES[cfg.loss])
+    pairs, notes = formats.load(cfg.data or TOY[:1], tokenizer, cfg.block_size, alone)
     if cfg.val_data or not cfg.data:
-        val, more = load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size)
+        val, more = formats.load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size, alone)
         notes += more
+        held, trained = set(val.keys(0, 3)), set(pairs.keys(0, 3))
+        if held & trained:
+            notes.append(f"{len(held & trained)} of {len(held)} held-out pairs are training pairs too")
     else:
         pairs, val = hold_out(pairs)
         notes.append(f"held out, by prompt: {len(val)} pairs; {len(pairs)} are left to train on")

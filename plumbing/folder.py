@@ -1,6 +1,7 @@
 """The folder of a run: lock, log, checkpoints. safetensors and JSON only.
 
-    run.json            what the run is: config, identity (hashes of what determines its numbers), finished
+    run.json            what the run is: config, identity (hashes of what determines its numbers), finished,
+                        folder (where it was written: what lay beside it is found again after a move)
     log.jsonl           one record a line, the first says how to repeat the run
     checkpoints/        step-N.safetensors (weights, AdamW's moments) and step-N.json, the last two
     reference-train.npy what the reference says of each response token of the training pairs
@@ -20,10 +21,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from plumbing import checkpoints, machine, ranks, report
+from losses import LOSSES, terms_of
+from plumbing import checkpoints, machine, ranks, report, vocab
 from plumbing.errors import ConfigError, RunError
 from plumbing.files import read_json, write_atomically, write_folder, write_json, writing
 from plumbing.pretrained import NAMES
@@ -39,11 +42,37 @@ def read_run(folder):
                 raise ValueError(f"{key} is no object")
         if missing := {"loss", "steps", "beta", "ref"} - run["config"].keys():
             raise ValueError(f"config has no {', '.join(sorted(missing))}")
+        for name in PATHS & run["config"].keys():
+            run["config"][name] = found(run["config"][name], run.get("folder"), folder)
         return run
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}; is {folder} the folder of a run?") from None
     except ValueError as e:
         raise ConfigError(f"{path}: damaged ({e}); start anew, with --overwrite or elsewhere") from None
+
+
+PATHS = {"init", "ref", "data", "val_data", "tokenizer"}  # of Config, in full in run.json
+
+
+def full(path):
+    """A path, or some, in full; names of models and tokenizers as they are."""
+    if isinstance(path, tuple):
+        return [full(p) for p in path]
+    return path if path in (None, *NAMES, "bytes") else str(Path(path).resolve())
+
+
+def found(path, then, now):
+    """A path of run.json; where nothing is there any more and the run's folder was moved from `then` to
+    `now`, what lies as far from it as before."""
+    if isinstance(path, list):
+        return [found(p, then, now) for p in path]
+    if isinstance(path, str) and isinstance(then, str) and os.path.isabs(path) and not os.path.exists(path):
+        try:
+            beside = os.path.normpath(os.path.join(now, os.path.relpath(path, then)))
+        except ValueError:  # on another drive of Windows
+            return path
+        return beside if os.path.exists(beside) else path
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -52,7 +81,7 @@ def read_run(folder):
 # What a run's numbers do not depend on: its length, its place, what is printed, how the work is cut.
 FREE = {"init", "ref", "out_dir", "resume", "overwrite", "data", "val_data", "tokenizer", "steps",
         "micro_batch_size", "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every",
-        "log_every", "device", "compile", "compile_head", "head_tokens"}
+        "log_every", "device", "compile", "compile_head", "pack", "head_tokens"}
 
 
 def identity_of(cfg, pairs, val, tokenizer, init_hash, ref_hash):
@@ -60,8 +89,16 @@ def identity_of(cfg, pairs, val, tokenizer, init_hash, ref_hash):
     identity = {"format": 3} | {name: value for name, value in vars(cfg).items() if name not in FREE}
     identity["aspect_weights"] = list(cfg.aspect_weights)
     for name, part in (("data", pairs), ("val_data", val)):
-        identity[name] = array_hash(part.ids, part.segments, part.scores, part.rows)
+        identity[name] = array_hash(*arrays_read(part, LOSSES[cfg.loss]))
     return identity | {"tokenizer": tokenizer.hash, "init": init_hash, "ref": ref_hash}
+
+
+def arrays_read(pairs, loss):
+    """The arrays of some Pairs, for SFT those of prompts and chosen responses."""
+    if "rejected_logps" in terms_of(loss):
+        return pairs.ids, pairs.segments, pairs.scores, pairs.rows
+    ids = [pairs.ids[at:at + P + C] for at, P, C in pairs.rows[:, :3]]
+    return np.concatenate(ids), pairs.rows[:, 1:3]
 
 
 def array_hash(*arrays):
@@ -130,8 +167,7 @@ def check_free(folder, models, resume, overwrite):
                           "choose another folder")
 
 
-RESULT = ("model.safetensors", "config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-          "tokenizer.tiktoken")
+RESULT = ("model.safetensors", "config.json", "tokenizer.tiktoken", *vocab.OF_TRANSFORMERS)
 
 
 def remove_run(folder):
@@ -155,9 +191,9 @@ class Run:
     def __init__(self, cfg, identity, start, ref, score_maximum, policy, pairs, val):
         self.cfg, self.identity, self.folder = cfg, identity, Path(cfg.out_dir)
         self.pairs, self.where = pairs, pairs.where
-        paths = {name: path if path in (None, *NAMES) else str(Path(path).resolve())
-                 for name, path in (("init", start), ("ref", ref))}
-        self.record = {"config": dataclasses.asdict(cfg) | paths, "identity": identity, "finished": None,
+        config = dataclasses.asdict(cfg) | {"init": start, "ref": ref}
+        config |= {name: full(config[name]) for name in PATHS}
+        self.record = {"config": config, "identity": identity, "finished": None, "folder": full(cfg.out_dir),
                        "score_maximum": None if score_maximum is None else score_maximum.tolist()}
         self.about = report.header(cfg, policy, pairs, val)
         self.first, self.before, self.after = 0, None, None  # first: the step from which the run goes on
@@ -223,19 +259,19 @@ class Run:
     def is_last(self, step):
         return step == self.cfg.steps or self.stopped is not None
 
-    def check(self, step, terms, norm):
+    def check(self, step, index, terms, norm):
         """Raise RunError, naming the pairs, where the loss or the gradient is not finite."""
         norm, total = ranks.whole(norm), terms["loss"].sum()
         if not math.isfinite((norm + total).item()):  # the step's one wait for the device
             bad = terms["pair"][~terms["loss"].isfinite()] if not total.isfinite() else terms["pair"]
             raise RunError(report.unhealthy_step(step, terms, norm, [self.where[int(i)] for i in bad]))
-        self.tokens.append(terms["tokens"])
+        self.tokens.append(self.pairs.lengths[index].sum())
 
     def log(self, step, numbers, metrics, *args):
         """Write and print a log line with metrics(*args), where one is due."""
         if step % self.cfg.log_every and step not in (1, self.cfg.steps):
             return
-        seconds, tokens = time.perf_counter() - self.clock, torch.cat(self.tokens).sum().item()
+        seconds, tokens = time.perf_counter() - self.clock, int(sum(self.tokens))
         m = metrics(*args) | {name: float(ranks.whole(x)) if torch.is_tensor(x) else x
                               for name, x in numbers.items()}
         m["pairs_per_s"] = len(self.tokens) * self.cfg.batch_size / seconds
@@ -283,7 +319,9 @@ class Run:
         """Write the trained model and its tokenizer; the run is then finished."""
         def write_result(aside):
             policy.save_pretrained(aside, eos=tokenizer.eot)
-            tokenizer.save(aside)
+            of_start = self.cfg.init and getattr(tokenizer, "name", None) == str(self.cfg.init)
+            if not (of_start and vocab.copy(self.cfg.init, aside)):
+                tokenizer.save(aside)
 
         ranks.unshard(policy)
         write_folder(self.folder, write_result)
@@ -331,7 +369,7 @@ def check_shared(folder):
 
     def is_seen():
         try:
-            return path.read_text() == f"{number}\n"
+            return path.read_text(encoding="utf-8") == f"{number}\n"
         except OSError:
             return False
 

@@ -3,6 +3,7 @@
 A response is a list of segments, (text, scores or None), that join to its text.
 """
 
+import ast
 import csv
 import io
 import json
@@ -43,8 +44,9 @@ def list_files(paths, notes=None):
         if not path.is_dir():
             files.append(path)
             continue
-        inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path))]
         found = [p for p in inside if ending(p) in ENDINGS]
+        check_splits(path, found)
         described = [p for p in inside if ending(p) == ".json"]
         if not found and not described:
             raise DataError(f"{path}: a folder without .jsonl, .json, .csv, .tsv, .parquet or .arrow files")
@@ -53,6 +55,22 @@ def list_files(paths, notes=None):
             notes.append(f"{path}: not read, .json beside {ending(found[0])} files: {names}")
         files += found or described
     return files
+
+
+def is_hidden(path):
+    """What an editor or macOS keeps beside the data: .ipynb_checkpoints, ._a.jsonl."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def check_splits(folder, files):
+    """Refuse a folder of training and other data, as the names have it: all would be read as one."""
+    words = {p: set(re.findall("[a-z]+", p.name.lower())) for p in files}
+    train = [p for p in files if "train" in words[p]]
+    other = [p for p in files
+             if words[p] & {"test", "val", "valid", "validation", "dev", "eval", "heldout"}]
+    if train and other:
+        raise DataError(f"{folder}: holds training and other data, {train[0].name} and {other[0].name}; name "
+                        "the files, the ones with --data, the others with --val_data")
 
 
 def read_records(path):
@@ -65,10 +83,9 @@ def read_records(path):
     if kind in (".zip", ".zst"):
         raise DataError(f"{path}: unpack it first ({kind} is not read, .gz, .xz and .bz2 are)")
     content = read_bytes(path)
-    if kind in (".csv", ".tsv"):
-        named = ((f"{path}: row {i}", row) for i, row in enumerate(read_csv(path, content, kind), 1))
-    elif kind in (".parquet", ".arrow"):
-        named = ((f"{path}: row {i}", row) for i, row in enumerate(read_arrow(path, content, kind), 1))
+    if kind in (".csv", ".tsv", ".parquet", ".arrow"):
+        read = read_csv if kind in (".csv", ".tsv") else read_arrow
+        named = ((f"{path}: row {i}", row) for i, row in enumerate(unfold(read(path, content, kind)), 1))
     elif (items := read_array(path, content, kind)) is not None:
         named = ((f"{path}: item {i}", item) for i, item in enumerate(items, 1))
     else:
@@ -80,7 +97,7 @@ def read_array(path, content, kind):
     """The items of a JSON array, or None for JSON lines: either may stand in a .json or a .jsonl file."""
     first = content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     try:
-        items = json.loads(content) if kind == ".json" or first == b"[" else None
+        items = parse_json(content) if kind == ".json" or first == b"[" else None
     except (ValueError, RecursionError) as e:
         if kind == ".json" and first != b"{":
             raise DataError(f"{path}: not JSON ({e})") from None
@@ -94,12 +111,23 @@ def read_lines(path, content):
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             try:
-                record = json.loads(line.decode("utf-8-sig"))
+                record = parse_json(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
                 record = DataError("not UTF-8")
             except (ValueError, RecursionError) as e:
                 record = DataError(f"not JSON ({e})")
             yield f"{path}:{number}", record
+
+
+def parse_json(text):
+    """JSON in which no object has a key twice: which of the two would count?"""
+    def once(items):
+        record = dict(items)
+        if len(record) < len(items):
+            [(twice, _)] = Counter(key for key, _ in items).most_common(1)
+            raise ValueError(f'the key "{twice}" twice')
+        return record
+    return json.loads(text, object_pairs_hook=once)
 
 
 def read_csv(path, content, kind):
@@ -132,6 +160,26 @@ def read_arrow(path, content, kind):
         raise DataError(f"{path}: not a {kind} file ({str(e).splitlines()[0]})") from None
 
 
+def unfold(rows):
+    """The rows of a table. A column is read as lists and objects (messages, say) where all its cells that
+    hold something are the text of one, in JSON or as Python prints it."""
+    rows = list(rows)
+    records = [row for row in rows if isinstance(row, dict)]
+    for key in records[0] if records else ():
+        full = [row for row in records if row.get(key) not in (None, "")]
+        if not all(isinstance(row[key], str) and row[key].lstrip()[:1] in ("[", "{") for row in full):
+            continue
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                values = [parse(row[key]) for row in full]
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                continue
+            for row, value in zip(full, values, strict=True):
+                row[key] = value
+            break
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Record -> (form, prompt, chosen, rejected); a response is a list of segments (text, scores or None)
 
@@ -141,8 +189,9 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
          "assistant": "assistant", "gpt": "assistant", "function_call": "assistant"}  # others' names for them
 
 
-def parse_record(record):
-    """Record -> (form, prompt, chosen, rejected), the first form of FORMS that fits.
+def parse_record(record, alone=False):
+    """Record -> (form, prompt, chosen, rejected), the first form of FORMS that fits. alone: also those of one
+    response, which then stands on both sides.
 
     Raises UnusablePair where neither response is preferred, DataError for anything that is no pair.
     """
@@ -153,10 +202,14 @@ def parse_record(record):
     there = {key for key, x in record.items() if x is not None or key in ("chosen", "rejected")}
     for name, form in FORMS.items():
         if there.issuperset(form.keys) and form.fits(record):
+            if form.alone and not alone:
+                raise DataError(f"{name}: one response and no other, which only --loss sft trains on; for a "
+                                "preference, join the records of a prompt into prompt, responses, scores")
             return name, *form.parse(record)
     if {"completion", "label"} <= there:
         raise DataError("one completion with a label (KTO) is no pair of a chosen and a rejected response")
-    lacks = {name: [key for key in form.keys if key not in there] for name, form in FORMS.items()}
+    lacks = {name: [key for key in form.keys if key not in there] for name, form in FORMS.items()
+             if alone or not form.alone}
     nearest = sorted(filter(lacks.get, lacks), key=lambda name: len(lacks[name]) - len(FORMS[name].keys) / 10)
     raise DataError(f"no form has the keys {', '.join(sorted(map(str, record))) or '(none)'}; the nearest: "
                     + "; ".join(f"{name} lacks {', '.join(lacks[name])}" for name in nearest[:3]))
@@ -195,6 +248,21 @@ def parse_question(r):
     return parse_chat(r | {"prompt": [*system, question]})
 
 
+def parse_alone(r, prompt, response):
+    """One response, on both sides."""
+    if isinstance(r[prompt], str) and isinstance(r[response], str):
+        return parse_pair({"prompt": r[prompt], "chosen": r[response], "rejected": r[response]})
+    return parse_chat(r, prompt, response, response)
+
+
+def parse_output(r, _, output):
+    return parse_instruction(r | {"chosen": r[output], "rejected": r[output]})
+
+
+def parse_conversation(r, messages):
+    return parse_chat(r, "", messages, messages)
+
+
 def parse_openai(r):
     messages = r["input"].get("messages") if isinstance(r["input"], dict) else r["input"]
     return parse_chat(r | {"input.messages": messages}, "input.messages", "preferred_output",
@@ -210,27 +278,6 @@ def parse_ranking(r):
     r = r | {f"responses[{i}]": response for i, response in enumerate(responses)}
     return by_preference(r, scores[best] - scores[worst], "prompt", f"responses[{best}]",
                          f"responses[{worst}]")
-
-
-def parse_shp(r):
-    label = number(r["labels"], "labels", 0, 1)
-    return by_preference(r, label - 0.5, "history", "human_ref_A", "human_ref_B")
-
-
-def parse_safe_rlhf(r):
-    better = number(r["better_response_id"], "better_response_id", 0, 1)
-    return by_preference(r, 0.5 - better, "prompt", "response_0", "response_1")
-
-
-def parse_alpaca_eval(r):
-    """1 and 2 name the preferred output, a number between them leans to one; 0 is a draw."""
-    preference = number(r["preference"], "preference", 0, 2)
-    return by_preference(r, 1.5 - preference if preference else 0, "instruction", "output_1", "output_2")
-
-
-def parse_help_steer(r):
-    preference = number(r["overall_preference"], "overall_preference", -3, 3)
-    return by_preference(r, -preference, "context", "response1", "response2")
 
 
 def by_preference(r, preference, prompt, first, second):
@@ -316,8 +363,8 @@ def parse_message(m, key, place):
     if not isinstance(found, str) or found not in ROLES:
         raise DataError(f"{place}: role must be system, user or assistant, found {found!r:.40}")
     content = m.get("content", m.get("value"))
-    if not content and m.get("tool_calls"):
-        raise DataError(f"{place}: a tool call without text; only text is trained on")
+    if m.get("tool_calls") or m.get("function_call"):
+        raise DataError(f"{place}: a tool call; only text is trained on, write it as text")
     if isinstance(content, list):  # of parts
         for part in content:
             if not isinstance(part, dict) or part.get("type", "text") != "text":
@@ -367,13 +414,27 @@ class Form:
     rule: str  # printed with the form's name
     parse: Callable  # record -> (prompt, chosen, rejected)
     fits: Callable = lambda record: True  # decides where several forms have the same keys
+    alone: bool = False  # has one response: rows of SFT
 
 
-def form(keys, rule, parse, fits=Form.fits, also=""):
-    return Form(keys.split(), also.split(), rule, parse, fits)
+def form(keys, rule, parse, fits=Form.fits, also="", alone=False):
+    return Form(keys.split(), also.split(), rule, parse, fits, alone)
+
+
+def comparison(keys, rule, low, high, first):
+    """A form of a prompt, two responses and a number; first(number) > 0 chooses the first response."""
+    *texts, key = keys.split()
+    return form(keys, rule, lambda r: by_preference(r, first(number(r[key], key, low, high)), *texts))
+
+
+def single(keys, rule, parse=parse_alone, **options):
+    """A form of one response."""
+    return form(keys, rule, lambda r: parse(r, *keys.split()), alone=True, **options)
 
 
 AS_IT_STANDS, AS_TURNS = "prompt as it stands", "rendered as Human/Assistant turns"
+AS_ONE_TURN = "rendered as one Human turn"
+LAST_TURN = f"the last Assistant turn is the response; {AS_TURNS}"
 FORMS = {
     "ShareGPT": form("conversations chosen rejected", AS_TURNS, lambda r: parse_chat(r, "conversations"),
                      fits=are_answers),
@@ -382,22 +443,32 @@ FORMS = {
     "chat messages": form("chosen rejected", AS_TURNS, parse_chat, fits=is_chat, also="prompt"),
     "scored segments": form("prompt chosen rejected", AS_IT_STANDS, parse_pair, fits=has_scores),
     "pairs": form("prompt chosen rejected", AS_IT_STANDS, parse_pair),
-    "instructions": form("instruction chosen rejected", "rendered as one Human turn", parse_instruction,
-                         also="input"),
+    "instructions": form("instruction chosen rejected", AS_ONE_TURN, parse_instruction, also="input"),
     "questions": form("question chosen rejected", AS_TURNS, parse_question, also="system"),
     "HH transcripts": form("chosen rejected", "prompt = common prefix up to its last Assistant turn",
                            parse_transcripts),
-    "two outputs": form("instruction output", "the first output is chosen; rendered as one Human turn",
+    "two outputs": form("instruction output", f"the first output is chosen; {AS_ONE_TURN}",
                         parse_two_outputs, fits=lambda r: isinstance(r["output"], list), also="input"),
     "OpenAI preferences": form("input preferred_output non_preferred_output", AS_TURNS, parse_openai),
-    "SHP": form("history human_ref_A human_ref_B labels", f"labels 1 chooses A; {AS_TURNS}", parse_shp),
-    "SafeRLHF": form("prompt response_0 response_1 better_response_id", AS_TURNS, parse_safe_rlhf),
-    "AlpacaEval": form("instruction output_1 output_2 preference", AS_TURNS, parse_alpaca_eval),
-    "HelpSteer3": form("context response1 response2 overall_preference",
-                       f"below 0 chooses response1; {AS_TURNS}", parse_help_steer),
+    "SHP": comparison("history human_ref_A human_ref_B labels", f"labels 1 chooses A; {AS_TURNS}",
+                      0, 1, lambda x: x - 0.5),
+    "SafeRLHF": comparison("prompt response_0 response_1 better_response_id", AS_TURNS,
+                           0, 1, lambda x: 0.5 - x),
+    "AlpacaEval": comparison("instruction output_1 output_2 preference", AS_TURNS,  # from 1 to 2; 0 is a draw
+                             0, 2, lambda x: x and 1.5 - x),
+    "HelpSteer2": comparison("prompt response_1 response_2 preference_strength",
+                             f"below 0 chooses response_1; {AS_TURNS}", -3, 3, lambda x: -x),
+    "HelpSteer3": comparison("context response1 response2 overall_preference",
+                             f"below 0 chooses response1; {AS_TURNS}", -3, 3, lambda x: -x),
     "rankings": form("prompt responses scores", f"best against worst; {AS_TURNS}", parse_ranking),
+    # one response, for --loss sft
+    "completions": single("prompt completion", AS_IT_STANDS, fits=lambda r: r.get("label") is None),
+    "responses": single("prompt response", AS_IT_STANDS),
+    "outputs": single("prompt output", AS_IT_STANDS),
+    "instructions and outputs": single("instruction output", AS_ONE_TURN, parse_output, also="input"),
+    "conversations": single("messages", LAST_TURN, parse_conversation),
+    "ShareGPT conversations": single("conversations", LAST_TURN, parse_conversation),
 }
-KEYS = {key for form in FORMS.values() for key in (*form.keys, *form.also)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -442,8 +513,12 @@ def split_segments(text):
 # Files -> Pairs
 
 
-def load(paths, tokenizer, block_size):
-    """Read, check and tokenise data files -> (Pairs, lines to print).
+NOTHING = [("\0", None)]  # stands for a rejected response that is not read: one token, and no one's answer
+
+
+def load(paths, tokenizer, block_size, alone=False):
+    """Read, check and tokenise data files -> (Pairs, lines to print). alone: for SFT, which reads the chosen
+    responses only; records of one response are read then, and no rejected one drops its pair.
 
     Raises DataError that lists the first ten kinds of malformed records as `file:line: what`.
     """
@@ -451,7 +526,7 @@ def load(paths, tokenizer, block_size):
 
     def usable_pairs(path):
         kept, cut, ended, forms, dropped = 0, 0, 0, Counter(), {}
-        for parsed in in_groups(parse_records(path, malformed, forms, dropped, ignored)):
+        for parsed in in_groups(parse_records(path, malformed, forms, dropped, ignored, alone)):
             pairs = encode_pairs(tokenizer, parsed, block_size)
             for (where, _, *sides), pair in zip(parsed, pairs, strict=True):
                 if isinstance(pair, UnusablePair):
@@ -478,11 +553,11 @@ def load(paths, tokenizer, block_size):
     return pairs, notes
 
 
-def parse_records(path, malformed, forms, dropped, ignored):
+def parse_records(path, malformed, forms, dropped, ignored, alone):
     """(where, prompt, chosen, rejected) of each record of a file; the rest goes into the collections."""
     for where, record in read_records(path):
         try:
-            form, *texts = parse_record(record)
+            form, prompt, *sides = parse_record(record, alone)
         except UnusablePair as e:
             dropped.setdefault(str(e), []).append(where)
         except DataError as e:
@@ -490,7 +565,9 @@ def parse_records(path, malformed, forms, dropped, ignored):
         else:
             ignored.update(unread_keys(form, record))
             forms[form] += 1
-            yield where, *texts
+            if alone:
+                sides = [[("".join(text for text, _ in sides[0]), None)], NOTHING]
+            yield where, prompt, *sides
 
 
 def unread_keys(form, record):

@@ -18,7 +18,9 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import functools
 import platform
 import shutil
+import sys
 import sysconfig
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -70,9 +72,23 @@ def cannot_compile():
 
 @functools.lru_cache(maxsize=8)
 def compiled(function):
-    """torch.compile of a function or a model, once; sizes may change from call to call."""
-    torch._dynamo.config.recompile_limit = 32  # two models, with gradient and without, B = 1 and more
+    """torch.compile of a function, once; sizes may change from call to call."""
+    torch._dynamo.config.recompile_limit = 32  # two models, with gradient and without, one row and more
     return torch.compile(function, dynamic=True)
+
+
+@functools.lru_cache(maxsize=8)
+def compile_blocks(model, dynamic):
+    """torch.compile of a model's blocks, in place and once: they share a graph, so depth costs no time."""
+    torch._dynamo.config.recompile_limit = 32
+    for block in model.h:
+        block.compile(dynamic=dynamic)
+
+
+def eager():
+    """A context in which compiled blocks run as they are written: answers are of ever new lengths."""
+    compiling = "torch._dynamo" in sys.modules  # importing it takes a second
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
 
 def synchronize(device):

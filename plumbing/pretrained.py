@@ -71,7 +71,7 @@ def write(model, folder, eos=None):
 
 def read(cls, config_class, name_or_folder, vocab_multiple=1):
     """The model of a folder, or one of NAMES. Weights become float32."""
-    folder = download(name_or_folder) if name_or_folder in NAMES else Path(name_or_folder)
+    folder = folder_of(name_or_folder)
     config, weights = read_config(folder, config_class), read_weights(folder)
     if config.n_layer > len(weights) > 0:  # an absurd number would take minutes to build
         raise ModelError(f"{folder}: config.json says {config.n_layer} layers, of {len(weights)} tensors")
@@ -93,6 +93,11 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
     for name, view in file_views(model)[0].items():
         view.copy_(weights[name])
     return model
+
+
+def folder_of(name_or_folder):
+    """A folder, or that of one of NAMES, which is downloaded first."""
+    return download(name_or_folder) if name_or_folder in NAMES else Path(name_or_folder)
 
 
 def plain_names(folder, weights):
@@ -128,6 +133,18 @@ def read_config(folder, config_class=GPTConfig):
         if key in c and c[key] not in allowed:
             raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (only {allowed[0]!r})")
     return config
+
+
+def stops_of(folder):
+    """The ids at which other programs end a text of this model."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            eos = json.loads((folder / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        if eos is not None:
+            return eos if isinstance(eos, list) else [eos]
+    return []
 
 
 def read_weights(folder):

@@ -70,18 +70,23 @@ def yield_to_main(seconds=5):
 
 
 def shard(model):
-    """Shard the weights in place; a frozen model's head stays whole: no backward will gather it again."""
+    """Shard the weights over the ranks, in place."""
     if world() > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-        trained = any(p.requires_grad for p in model.parameters())
-        mesh = init_device_mesh(model.wte.weight.device.type, (world(),))
-        for module in (*model.h, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
-            module.set_gradient_divide_factor(1.0)  # a sum over ranks, not a mean
-            module.set_force_sum_reduction_for_comms(True)  # without a division: gloo and NCCL know this one
-        if not trained:
-            model.unshard()
+        shard_over(model, world())
+
+
+def shard_over(model, n):
+    """fully_shard; a frozen model's head stays whole: no backward will gather it again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    trained = any(p.requires_grad for p in model.parameters())
+    mesh = init_device_mesh(model.wte.weight.device.type, (n,))
+    for module in (*model.h, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
+        module.set_gradient_divide_factor(1.0)  # a sum over ranks, not a mean
+        module.set_force_sum_reduction_for_comms(True)  # without a division: gloo and NCCL know this one
+    if not trained:
+        model.unshard()
 
 
 def reshard(model):
@@ -98,23 +103,22 @@ def unshard(model):
             module.unshard()
 
 
-def share(micros, model):
-    """The micro-batches of a step -> (micro-batch, weight) of this rank, the same number on every rank.
+def share(index, cut):
+    """The pairs of a step -> [(micro-batch, weight)] of this rank, the same number on every rank.
 
-    Each rank takes every world-th pair, longest first, as many at once as the first micro-batch has. A short
-    share ends with a stand-in of weight 0, which takes part in the communication. Gradients are reduced in
-    the last backward.
+    Each rank takes every world-th pair, longest first; cut(index) gives micro-batches in that order. A short
+    share ends with stand-ins of weight 0, which take part in the communication.
     """
-    if world() == 1:
-        yield from ((micro, 1) for micro in micros)
-        return
-    order, size = np.concatenate(micros), len(micros[0])
-    own = order[rank()::world()]
-    count = math.ceil(math.ceil(len(order) / world()) / size)
-    for i in range(count):
-        model.set_requires_gradient_sync(i == count - 1)
-        micro = own[i * size:(i + 1) * size]
-        yield (micro, 1) if len(micro) else (order[-1:], 0)
+    order = np.concatenate(cut(index))
+    shares = [cut(order[r::world()]) for r in range(world())]
+    own = [(micro, 1) for micro in shares[rank()]]
+    return own + [(order[-1:], 0)] * (max(map(len, shares)) - len(own))
+
+
+def reduce_gradients(model, now):
+    """Gradients are summed over the ranks in the last backward of a step."""
+    if world() > 1:
+        model.set_requires_gradient_sync(now)
 
 
 def gather(terms, n):

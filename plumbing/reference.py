@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from data import move
 from plumbing import ranks
 from plumbing.files import write_atomically
 
@@ -22,13 +23,13 @@ class Reference:
             return None, self.hidden_states(batch)
         if self.memory is None:
             return self.response_logps(batch), None
-        numbers = batch.pair.tolist()
+        numbers = batch.numbers
         known = self.memory.read(numbers)  # (N,), NaN where a pair is new
         if ranks.any_of(bool(known.isnan().any())):  # ranks run a sharded model together, or not at all
             known = torch.where(known.isnan(), self.response_logps(batch).to("cpu", known.dtype), known)
             if batch.weight:  # a rank without a pair of its own computes another's again, and keeps nothing
                 self.memory.write(numbers, known)
-        return known.to(batch.tokens.device), None
+        return move(known, batch.tokens.device), None
 
 
 class NoReference:

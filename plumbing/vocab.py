@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import shutil
 from pathlib import Path
 
 from data import DataError
@@ -13,6 +14,10 @@ EOT = "<|endoftext|>"
 # once a character and overflows the regex engine's stack at a million spaces.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$" \
         r"|(?:\s{100}(?=\s\s))*+\s+(?!\S)|\s"
+
+
+OF_TRANSFORMERS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json")  # what it reads of a GPT-2
 
 
 def read(name_or_path):
@@ -43,7 +48,18 @@ def write(folder, ranks, eot):
     (folder / "vocab.json").write_text(text, encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
     config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy(start, folder):
+    """Copy the tokenizer of a model's folder as it is, its added tokens too. False where transformers would
+    find none there."""
+    names = [name for name in OF_TRANSFORMERS if Path(start, name).exists()]
+    if not {"merges.txt", "tokenizer.json"} & set(names):
+        return False
+    for name in names:
+        shutil.copyfile(Path(start, name), Path(folder, name))
+    return True
 
 
 def read_gpt2():
@@ -95,6 +111,8 @@ def read_folder(folder):
                         "tokenizer.tiktoken")
     if (folder / "tokenizer_config.json").exists():
         check_config(folder / "tokenizer_config.json", any(name == "tokenizer.json" for name, _ in found))
+    if (folder / "added_tokens.json").exists():
+        check_added(folder)
     (first, vocabulary), *others = found
     for name, other in others:
         if other != vocabulary:
@@ -144,6 +162,19 @@ def check_config(path, has_tokenizer_json):
         raise DataError(f"{path}: not a tokenizer_config.json") from None
     if wrong:
         raise DataError(f"{path}: {', '.join(wrong)}: not GPT-2's; transformers would give other ids")
+
+
+def check_added(folder):
+    """added_tokens.json does not say which of its tokens are special; the other files name those."""
+    others = [folder / name for name in OF_TRANSFORMERS[2:5]]
+    named = json.dumps([read_json_data(path) for path in others if path.exists()])
+    added = read_json_data(folder / "added_tokens.json")
+    if not isinstance(added, dict):
+        raise DataError(f"{folder / 'added_tokens.json'}: not an object of tokens and ids")
+    for token in added:
+        if json.dumps(token) not in named:
+            raise DataError(f"{folder / 'added_tokens.json'}: no other file says that {token!r:.40} is "
+                            "special; transformers would give other ids")
 
 
 def check_merges(path, vocab, merges):

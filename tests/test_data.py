@@ -105,8 +105,8 @@ def test_a_token_sees_the_prompt_and_its_own_branch_up_to_itself():
         "x..x....",  # rejected
         "x..xx...",
         "x..xxx..",
-        "x.....x.",  # padding sees something (no NaN), and no response sees padding
-        "x.....xx",
+        "......x.",  # padding sees something (no NaN), and no response sees padding
+        "......xx",
     ]
 
 
@@ -151,6 +151,40 @@ def test_rows_are_padded_to_a_multiple_and_nothing_else_changes():
     assert torch.equal(padded.tokens[:, :8], plain.tokens) and padded.branch[:, 8:].eq(data.PADDING).all()
     for name in ("source", "target", "response", "segment", "scores", "segment_mask", "length", "pair"):
         assert torch.equal(getattr(padded, name), getattr(plain, name)), name
+
+
+def test_a_packed_row_holds_the_same_pairs_back_to_back():
+    rows, packed = collate(TWO_PAIRS), collate(TWO_PAIRS, multiple=20, packed=True)
+    assert len(packed) == 2 and packed.tokens.shape == (1, 20)
+    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5, 0, 6, 0] + [1, 7, 0, 8, 9, 0] + 6 * [0]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4] + [0, 1, 2, 1, 2, 3] + 6 * [0]]
+    assert packed.branch.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2] + [0, 1, 1, 2, 2, 2] + 6 * [3]]
+    assert packed.owner.tolist() == [8 * [0] + 6 * [1] + 6 * [2]]
+    assert packed.source.tolist() == [10 * [0], [2, 3, 4, 2, 6] + [8, 9, 8, 11, 12]]
+    for name in ("target", "response", "segment", "scores", "segment_mask", "length", "pair"):
+        assert torch.equal(getattr(packed, name), getattr(rows, name)), name
+
+
+def test_a_pair_of_a_packed_row_sees_what_it_sees_in_a_row_of_its_own():
+    own, mask = collate(TWO_PAIRS).mask()[:, 0], collate(TWO_PAIRS, packed=True).mask()[0, 0]
+    assert torch.equal(mask[:8, :8], own[0]) and torch.equal(mask[8:, 8:], own[1, :6, :6])
+    assert not mask[:8, 8:].any() and not mask[8:, :8].any()
+
+
+@pytest.mark.parametrize("multiple", [data.TILE, 10 * data.TILE])  # without and with tiles of padding alone
+@pytest.mark.parametrize("branched", [True, False])
+def test_the_tiles_of_a_packed_row_are_exactly_those_of_its_mask(multiple, branched):
+    g = np.random.default_rng(0)
+    pairs = [make_pair([1] * p, [2] * c, [3] * r) for p, c, r in g.integers(1, 150, (5, 3))]
+    if not branched:
+        packed = data.pack(pairs).chosen_only()
+        pairs = [packed[i] for i in range(5)]
+    batch = collate(pairs, multiple, packed=True)
+    tiles, tile = batch.block_mask(), data.TILE
+    needed = batch.mask()[0, 0].unflatten(1, (-1, tile)).unflatten(0, (-1, tile)).any(-1).any(1)
+    assert torch.equal(tiles.to_dense()[0, 0].bool(), needed) and len(needed) > 5
+    row, column = torch.zeros((), dtype=torch.long), torch.arange(batch.tokens.shape[1])
+    assert torch.equal(tiles.mask_mod(row, row, column[:, None], column), batch.mask()[0, 0])
 
 
 def test_chosen_only_is_a_causal_row_of_prompt_and_chosen():

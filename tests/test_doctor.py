@@ -199,19 +199,25 @@ def test_keys_and_files_that_are_not_read_are_named(diagnose, tmp_path):
     assert "folder: not read, .json beside .jsonl files: info.json\n" in report
 
 
-@pytest.mark.slow
-def test_the_command_at_the_end_trains(diagnose, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss, sides", [("dpo", {}), ("2d-dpo", {
+    "chosen": scored(("a", 1), (" b", 2)), "rejected": scored(("c", 0))})])
+def test_the_command_at_the_end_trains(diagnose, tmp_path, monkeypatch, loss, sides):
     monkeypatch.chdir(tmp_path)
-    sides = scored(("a", 1), (" b", 2)), scored(("c", 0))
-    for loss, pairs in (("dpo", [pair(f"Q{i}") for i in range(8)]),
-                        ("2d-dpo", [pair(f"Q{i}", *sides) for i in range(8)])):
-        *_, title, command = diagnose(*pairs, options=["--block_size", "32"])[1].splitlines()
-        python, script, *flags = shlex.split(command)
-        assert title == "To train on this:" and [python, script] == ["python", "train.py"]
-        assert flags[:2] == ["--loss", loss]
-        short = ["--steps", "1", "--sft_steps", "1", "--n_embd", "16", "--out_dir", loss, "--overwrite"]
-        train.main([*flags, *short])
-        assert (tmp_path / loss / "log.jsonl").exists()
+    options = ["--block_size", "32"]
+    *_, title, command = diagnose(*(pair(f"Q{i}") | sides for i in range(8)), options=options)[1].splitlines()
+    python, script, *flags = shlex.split(command)
+    assert title == "To train on this:" and [python, script] == ["python", "train.py"]
+    assert flags[:2] == ["--loss", loss]
+    train.main([*flags, "--steps", "1", "--sft_steps", "1"])
+    assert (tmp_path / "out" / loss / "model.safetensors").exists()
+
+
+def test_where_training_would_refuse_the_command_is_not_given_or_asks_for_what_is_missing(diagnose):
+    assert diagnose(pair(), pair())[1].endswith("--block_size 256 --val_data HELD_OUT_PAIRS\n")
+    assert diagnose(pair(), pair("R"))[1].endswith("--block_size 256\n")
+    assert diagnose(pair(), pair(chosen="better"))[1].endswith("--block_size 256\n")  # one prompt
+    widths = [pair(f"Q{n}", scored(("a", *[1] * n)), scored(("b", *[1] * n))) for n in (1, 2)]
+    assert "To train" not in diagnose(*widths)[1]
 
 
 @pytest.mark.parametrize("records, options, message", [

@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from test_train import BYTES, ROOT, arguments, config, make_records, save_model, small, write_lines
 
 import data
+import sample
 import train
 from losses import LOSSES
 from model import GPT
-from plumbing import checkpoints, files, folder
+from plumbing import checkpoints, files, folder, formats
 from plumbing.errors import ConfigError
 from plumbing.reference import Memory, Reference
 
@@ -232,6 +233,69 @@ def test_a_finished_run_says_so_and_touches_nothing(here, capsys):
     before = contents(go(steps=2))
     train.main("--resume --out_dir run".split())
     assert "run: finished at step 2" in capsys.readouterr().out and contents("run") == before
+
+
+@pytest.fixture(scope="session")
+def tree(inputs, tmp_path_factory):
+    """A folder with the inputs and a run of one step made from them, by relative names."""
+    place = tmp_path_factory.mktemp("tree")
+    shutil.copytree(inputs, place, dirs_exist_ok=True)
+    shutil.copy(ROOT / "toy/toy.tiktoken", place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        go("out/run", steps=1, ref="b", val_data="d.jsonl")
+        go("out/sft", loss="sft", steps=1, tokenizer="toy.tiktoken")
+    return place
+
+
+def moved(tree, tmp_path):
+    """A copy of the tree as if it had been moved: run.json says that it was written in a folder now gone."""
+    new = tmp_path / "another place"
+    shutil.copytree(tree, new)
+    for path in new.glob("out/*/run.json"):
+        path.write_text(path.read_text().replace(str(tree), str(tmp_path / "old")))
+    return new
+
+
+def test_a_run_moved_together_with_what_it_was_made_from_is_sampled_and_goes_on(
+        tree, tmp_path, monkeypatch, capsys):
+    new = moved(tree, tmp_path)
+    assert folder.read_run(tree / "out/run")["config"]["ref"] == str(tree / "b")
+    monkeypatch.chdir(tmp_path)
+    sample.main("another place/out/run|--prompt|ab|--max_new_tokens|2".split("|"))
+    for name in ("run", "sft"):
+        train.main(f"--resume|--out_dir|another place/out/{name}|--steps|2".split("|"))
+        assert folder.read_run(new / "out" / name)["finished"] == 2
+    config = folder.read_run(new / "out/run")["config"]
+    assert (config["init"], config["ref"]) == (str(new / "a"), str(new / "b"))
+    assert config["data"] == config["val_data"] == [str(new / "d.jsonl")]
+    assert folder.read_run(new / "out/sft")["config"]["tokenizer"] == str(new / "toy.tiktoken")
+
+
+@pytest.mark.parametrize("gone, run, says", [
+    ("a", "run", "--init {}/a: no such folder"), ("b", "run", "--ref {}/b: no such folder"),
+    ("d.jsonl", "run", "--data {}/d.jsonl: No such file"),
+    ("toy.tiktoken", "sft", "--tokenizer: {}/toy.tiktoken: No such file")])
+def test_what_a_moved_run_misses_is_named_with_its_flag(gone, run, says, tree, tmp_path, monkeypatch, capsys):
+    new, says = moved(tree, tmp_path), says.format(tmp_path / "old")
+    (new / gone).rename(new / "gone")
+    assert end("--resume", "--out_dir", str(new / "out" / run), "--steps", "2") == (2, None)
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: error: {says}") and error.count("\n") == 1, error
+    if gone == "b":
+        with pytest.raises(SystemExit):
+            sample.main([str(new / "out/run"), "--prompt", "x"])
+        assert capsys.readouterr().err.startswith(f"sample.py: error: {says}")
+
+
+def test_the_identity_of_sft_is_that_of_prompts_and_chosen_responses(here):
+    """Read for SFT, or for a preference loss that makes its start by SFT: the same run."""
+    cfg, load = config("sft"), functools.partial(formats.load, ["d.jsonl"], BYTES, 64)
+    of_pairs, of_chosen = (folder.identity_of(cfg, pairs, pairs, BYTES, None, None)
+                           for pairs in (load()[0], load(alone=True)[0]))
+    assert of_pairs == of_chosen
+    change_data()
+    assert of_pairs != folder.identity_of(cfg, load()[0], load()[0], BYTES, None, None)
 
 
 def change_data():

@@ -7,16 +7,20 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_train import model_a  # noqa: F401
 
 import data
+import train
 from data import DataError, Tokenizer
 from plumbing import formats
 from plumbing.formats import load, split_segments
+from tools import doctor
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -42,16 +46,16 @@ def texts(pairs):
     return [tuple(BYTES.decode(x) for x in (p.prompt, p.chosen[:-1], p.rejected[:-1])) for p in pairs]
 
 
-def load_one(tmp_path, record):
-    """The texts of the one pair that a record becomes, and the notes."""
-    pairs, notes = load([write(tmp_path / "one.jsonl", record)], BYTES, 1000)
+def load_one(tmp_path, record, alone=False):
+    """The texts of the one pair that a record becomes, and the notes; alone: without the rejected one."""
+    pairs, notes = load([write(tmp_path / "one.jsonl", record)], BYTES, 1000, alone)
     assert len(pairs) == 1
-    return texts(pairs)[0], notes
+    return texts(pairs)[0][:2 if alone else 3], notes
 
 
-def error_of(*records, tmp_path):
+def error_of(*records, tmp_path, alone=False):
     with pytest.raises(DataError) as e:
-        load([write(tmp_path / "bad.jsonl", *records)], BYTES, 100)
+        load([write(tmp_path / "bad.jsonl", *records)], BYTES, 100, alone)
     return str(e.value).replace(str(tmp_path), "")
 
 
@@ -101,24 +105,84 @@ EXAMPLES = {  # a record of each form and its pair
                  (P, " Yes", " No")),
     "AlpacaEval": ({"instruction": "Hi", "output_1": "No", "output_2": "Yes", "preference": 2},
                    (P, " Yes", " No")),
+    "HelpSteer2": ({"prompt": "Hi", "response_1": "No", "response_2": "Yes", "preference_strength": 1},
+                   (P, " Yes", " No")),
     "HelpSteer3": ({"context": turns("Hi"), "response1": "Yes", "response2": "No", "overall_preference": -2},
                    (P, " Yes", " No")),
     "rankings": ({"prompt": "Hi", "responses": ["So-so", "No", "Yes"], "scores": [3, 1, 4.5]},
                  (P, " Yes", " No")),
+    "completions": ({"prompt": "Q ", "completion": "A"}, ("Q ", "A")),
+    "responses": ({"prompt": "Q ", "response": "A"}, ("Q ", "A")),
+    "outputs": ({"prompt": "Q ", "output": "A"}, ("Q ", "A")),
+    "instructions and outputs": ({"instruction": "Do it.", "input": "2 + 2", "output": "Four."},
+                                 ("\n\nHuman: Do it.\n2 + 2\n\nAssistant:", " Four.")),
+    "conversations": ({"messages": turns("Hi", "A", "B", "Yes")}, (AB, " Yes")),
+    "ShareGPT conversations": ({"conversations": [{"from": "human", "value": "Hi"},
+                                                  {"from": "gpt", "value": "Yes"}]}, (P, " Yes")),
 }
+PAGE = (Path(__file__).parents[1] / "plumbing" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("form", formats.FORMS)
 def test_each_form_is_recognised_by_its_keys_and_named_with_its_rule(tmp_path, form):
-    record, expected = EXAMPLES[form]
-    one, notes = load_one(tmp_path, record)
-    assert one == expected
-    assert notes == [f"{tmp_path / 'one.jsonl'}: {form} ({formats.FORMS[form].rule}): 1 pairs"]
+    (record, expected), (keys, also, rule, *_, alone) = EXAMPLES[form], vars(formats.FORMS[form]).values()
+    for sft in {True, alone}:
+        one, notes = load_one(tmp_path, record, sft)
+        assert one == expected[:2 if sft else 3]
+        assert notes == [f"{tmp_path / 'one.jsonl'}: {form} ({rule}): 1 pairs"]
+    read = ", ".join(keys) + (f" ({', '.join(also)})" if also else "")
+    assert f"| {form} | {read} | {rule} | `{json.dumps(record)}` |\n" in PAGE
+
+
+@pytest.mark.parametrize("form", formats.FORMS)
+def test_doctor_and_two_steps_of_training_take_every_form(tmp_path, form, model_a, capsys):  # noqa: F811
+    line, sft = json.dumps(EXAMPLES[form][0]), formats.FORMS[form].alone
+    path = write(tmp_path / "d.jsonl", *(re.sub("Hi|Q|Do", rf"\g<0>{i}", line) for i in range(6)))
+    assert doctor.main([str(path), "--tokenizer", "bytes"]) == (2 if sft else 0)
+    assert ("only --loss sft" if sft else "6 of 6 can be used") in "".join(capsys.readouterr())
+    loss = "sft" if sft else "2d-dpo" if form == "scored segments" else "dpo"
+    train.main(f"--loss {loss} --data {path} --init {model_a} --out_dir {tmp_path / 'out'} --steps 2 "
+               "--batch_size 3 --device cpu".split())
+    assert "5 are left to train on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", [name for name, form in formats.FORMS.items() if form.alone])
+def test_one_response_is_refused_for_a_preference_loss_with_the_reason(tmp_path, form):
+    record = EXAMPLES[form][0] | {"helpfulness": 3}  # a row of ratings is no pair either
+    assert error_of(*[record] * 2, tmp_path=tmp_path).endswith(
+        f"{form}: one response and no other, which only --loss sft trains on; for a preference, join the "
+        "records of a prompt into prompt, responses, scores (and 1 more like it)")
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"prompt": turns("Hi"), "completion": says("Yes")}, (P, " Yes")),
+    ({"prompt": "Hi", "response": says("Yes")}, (P, " Yes")),
+    ({"messages": turns("Hi", "Yes"), "prompt": "Hi"}, (P, " Yes")),
+    # pairs whose rejected response is empty, the same, or too long for the block
+    (pair(rejected=" "), ("Q", "good")), (pair(rejected="good"), ("Q", "good")),
+    (pair(rejected="x" * 2000), ("Q", "good")),
+    (EXAMPLES["scored segments"][0] | {"rejected": []}, ("Q", "One. Two.")),
+    ({"chosen": turns("Hi", "Yes"), "rejected": turns("Hi", "Yes")}, (P, " Yes")),
+    ({"chosen": P + " Yes", "rejected": P + " Yes"}, (P, " Yes")),
+])
+def test_sft_reads_the_chosen_response_alone(tmp_path, record, expected):
+    assert load_one(tmp_path, record, alone=True)[0] == expected
+
+
+def test_sft_drops_what_has_no_response_and_refuses_what_is_labelled(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"messages": turns("Hi")}, {"messages": turns("Hi", "Yes", "B")},
+                 {"prompt": "Q", "response": "A"})
+    _, notes = load([path], BYTES, 100, alone=True)
+    assert "1 pairs, 2 dropped: 2 with an empty response (1, 2)" in notes[0]
+    text = error_of({"prompt": "Q", "completion": "a", "label": False}, tmp_path=tmp_path, alone=True)
+    assert "one completion with a label (KTO)" in text
 
 
 @pytest.mark.parametrize("record, swapped", [
     (EXAMPLES["SHP"][0], {"labels": 1}), (EXAMPLES["SafeRLHF"][0], {"better_response_id": 0}),
-    (EXAMPLES["AlpacaEval"][0], {"preference": 1.2}), (EXAMPLES["HelpSteer3"][0], {"overall_preference": 1}),
+    (EXAMPLES["AlpacaEval"][0], {"preference": 1.2}),
+    (EXAMPLES["HelpSteer2"][0], {"preference_strength": -1}),
+    (EXAMPLES["HelpSteer3"][0], {"overall_preference": 1}),
     (EXAMPLES["rankings"][0], {"scores": [3, 4.5, 1]}),
 ])
 def test_the_other_preference_exchanges_the_responses_also_as_the_text_of_a_table(tmp_path, record, swapped):
@@ -130,8 +194,8 @@ def test_the_other_preference_exchanges_the_responses_also_as_the_text_of_a_tabl
 
 @pytest.mark.parametrize("form, tie", [
     ("SHP", {"labels": 0.5}), ("SafeRLHF", {"better_response_id": 0.5}), ("AlpacaEval", {"preference": 0}),
-    ("AlpacaEval", {"preference": 1.5}), ("HelpSteer3", {"overall_preference": 0}),
-    ("rankings", {"scores": [2, 2, 2]}),
+    ("AlpacaEval", {"preference": 1.5}), ("HelpSteer2", {"preference_strength": 0}),
+    ("HelpSteer3", {"overall_preference": 0}), ("rankings", {"scores": [2, 2, 2]}),
 ])
 def test_a_tie_is_dropped_and_counted(tmp_path, form, tie):
     _, notes = load([write(tmp_path / "d.jsonl", EXAMPLES[form][0] | tie, EXAMPLES[form][0])], BYTES, 100)
@@ -263,6 +327,24 @@ def test_arrow_and_parquet_files_are_read_with_pyarrow(tmp_path):
         load([tmp_path / "bad.parquet"], BYTES, 100)
 
 
+@pytest.mark.parametrize("show", [json.dumps, repr])
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_a_column_of_lists_or_objects_as_text_is_read_as_these(tmp_path, name, show):
+    """Where every cell is one: else it stays text."""
+    chat = [pair(turns("Hi"), says("Yes"), says("No")), pair(turns("Hi"), says("Yes, it's"), says("No"))]
+    rows = [{key: show(value) for key, value in record.items()} for record in chat]
+    if name == "a.csv":
+        (tmp_path / name).write_bytes(csv_of([*rows, rows[0] | {"prompt": ""}], ","))
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    chosen = [chosen for _, chosen, _ in texts(load([tmp_path / name], BYTES, 100)[0])]
+    assert chosen[:2] == [" Yes", " Yes, it's"]
+    (tmp_path / "b.csv").write_bytes(csv_of([rows[0], rows[0] | {"chosen": "[see below"}], ","))
+    pairs = texts(load([tmp_path / "b.csv"], BYTES, 200)[0])
+    assert [chosen for _, chosen, _ in pairs] == [" " + show(says("Yes")), " [see below"]
+
+
 def test_without_pyarrow_a_parquet_file_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -391,7 +473,8 @@ def test_when_no_pair_is_left_it_says_why(tmp_path):
     (pair(turns("Hi"), 7, "b"), '"chosen" must be a list of messages, found int'),
     (pair([{"role": "user"}], "a", "b"), '"prompt[0].content" must be a string, found NoneType'),
     (pair(turns([{"type": "image_url"}]), "a", "b"), "\"prompt\"[0]: a part of type 'image_url'; only text"),
-    (pair(turns("Hi"), [says("")[0] | {"tool_calls": [{}]}], "b"), '"chosen"[0]: a tool call without text'),
+    (pair(turns("Hi"), [says("")[0] | {"tool_calls": [{}]}], "b"), '"chosen"[0]: a tool call; only text'),
+    (pair(turns("Hi"), [says("So:")[0] | {"function_call": {"name": "f"}}], "b"), '"chosen"[0]: a tool call'),
     ({"instruction": [], "chosen": "a", "rejected": "b"}, '"instruction" must be a string, found list'),
     ({"instruction": "Q", "input": 0, "chosen": "a", "rejected": "b"}, '"input" must be a string, found'),
     ({"instruction": "Q", "output": ["a"]}, '"output" must be a list of two responses, chosen first'),

@@ -58,12 +58,13 @@ JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats
                     max_leaves=8)
 SEGMENT = st.fixed_dictionaries({}, optional={"text": st.one_of(TEXT, JSON), "scores": st.one_of(
     st.lists(SCORE, max_size=3), st.just([1, 2]), JSON)})
-MESSAGE = st.fixed_dictionaries({}, optional={
-    "role": st.one_of(st.sampled_from(["system", "user", "assistant", "tool"]), JSON),
-    "content": st.one_of(TEXT, JSON)})
+ROLE = st.one_of(st.sampled_from([*sorted(formats.ROLES), "tool"]), JSON)
+MESSAGE = st.fixed_dictionaries({}, optional={key: ROLE if key in ("role", "from") else st.one_of(TEXT, JSON)
+                                              for key in ("role", "from", "content", "value")})
 HH = st.builds("\n\nHuman: {}\n\nAssistant: {}".format, TEXT, TEXT)
 VALUE = st.one_of(TEXT, HH, LONE, st.lists(SEGMENT, max_size=4), st.lists(MESSAGE, max_size=4), JSON)
-RECORD = st.fixed_dictionaries({}, optional={key: VALUE for key in (*sorted(formats.KEYS), "other")})
+KEYS = {key for form in formats.FORMS.values() for key in (*form.keys, *form.also)}
+RECORD = st.fixed_dictionaries({}, optional={key: VALUE for key in (*sorted(KEYS), "other")})
 WELL_FORMED = st.fixed_dictionaries({"prompt": TEXT, "chosen": st.builds("a{}".format, TEXT),
                                      "rejected": st.builds("b{}".format, TEXT)})
 CUTS = st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), max_size=3)  # see damage
@@ -82,10 +83,10 @@ def damage(content, cuts):
 # The tests
 
 
-def read(path, block_size):
-    """The pairs of a data file, or None where a DataError names it."""
+def read(path, block_size, alone=False):
+    """The pairs of a data file, or None where a DataError names it. alone: for SFT."""
     try:
-        return data.load([path], BYTES, block_size)[0]
+        return formats.load([path], BYTES, block_size, alone)[0]
     except data.DataError as e:
         assert str(path) in str(e)
 
@@ -94,23 +95,24 @@ def test_any_records_are_read_or_refused_with_data_errors(folder):
     """Objects that resemble every form; what is read is well-formed."""
     found = []
 
-    def check(records, kind, block_size):
+    def check(records, kind, block_size, alone):
         lines = [json.dumps(record) for record in records]
         text = ("[" + ",".join(lines) + "]" if kind == ".json" else "\n".join(lines)).encode()
         (folder / f"records{kind}").write_bytes(gzip.compress(text, 1) if kind.endswith("gz") else text)
-        pairs = read(folder / f"records{kind}", block_size) or []
+        pairs = read(folder / f"records{kind}", block_size, alone) or []
         found.extend(pairs[i] for i in range(len(pairs)))
         for p in found[len(found) - len(pairs):]:
             assert len(p.prompt) >= 1 and len(p.prompt) + max(len(p.chosen), len(p.rejected)) <= block_size
-            assert p.chosen[-1] == p.rejected[-1] == BYTES.eot
-            for ids, segment, scores in ((p.chosen, p.chosen_segment, p.chosen_scores),
-                                         (p.rejected, p.rejected_segment, p.rejected_scores)):
+            sides = [(p.chosen, p.chosen_segment, p.chosen_scores),
+                     (p.rejected, p.rejected_segment, p.rejected_scores)]
+            for ids, segment, scores in sides[:1] if alone else sides:
+                assert ids[-1] == BYTES.eot
                 assert len(ids) == len(segment) and segment.max() < len(scores) and (scores >= 0).all()
         if pairs:
             data.collate(found[-len(pairs):])
 
     fuzz(check, st.lists(st.one_of(RECORD, WELL_FORMED, JSON), min_size=1, max_size=4), KINDS,
-         st.sampled_from([8, 64, 1000]), share=0.4)
+         st.sampled_from([8, 64, 1000]), st.booleans(), share=0.4)
     assert found  # not everything is refused
 
 

@@ -69,8 +69,10 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, said):
 @pytest.mark.slow
 def test_a_run_of_train_py_is_drawn(tmp_path):
     """The log that train.py really writes has all that the panels read."""
-    train.main(["--steps", "2", "--sft_steps", "2", "--n_embd", "16", "--batch_size", "4",
-                "--out_dir", str(tmp_path / "dpo")])
+    lines = [json.dumps({"prompt": f"{i}?", "chosen": "good", "rejected": "bad"}) + "\n" for i in range(4)]
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    train.main(["--steps", "2", "--sft_steps", "2", "--n_embd", "16", "--data", str(tmp_path / "d.jsonl"),
+                "--tokenizer", "bytes", "--out_dir", str(tmp_path / "dpo")])
     logged = set().union(*plot.read_log(tmp_path / "dpo"))
     assert all(metric in logged or "eval/" + metric in logged
                for *_, metrics in plot.PANELS for metric in metrics)

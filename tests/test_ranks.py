@@ -1,12 +1,13 @@
 """Several ranks: the same numbers as one process, one writer, an end to every failure.
 
 Run as a script, this file trains the runs of a JSON file in ranks that it forks: torch is imported once.
-What ends a run, and two machines, are tried under torchrun itself.
+Two machines, a rank that dies and a signal are tried under torchrun itself.
 """
 
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from test_train import arguments
 import train
 from model import GPT, GPTConfig
 from plumbing import folder as run_folder
-from plumbing import ranks
+from plumbing import ranks, report
 from plumbing.errors import ConfigError, RunError
 from plumbing.folder import read_run
 
@@ -48,6 +49,12 @@ CASES = {
 }
 
 
+# Runs in 2 ranks that end badly: folder, flags, words of the message. Another process writes to "locked".
+BAD = [("flag", {"beta": -1}, "--beta -1.0: must be greater"),
+       ("locked", {}, "another process is writing there"),
+       ("apart", {}, "--out_dir apart: another machine does not see what")]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # As a script: ranks
 
@@ -61,6 +68,7 @@ def as_rank(runs, apart):
     for name in {"reduce_scatter_tensor", "reduce_scatter_single"} & vars(torch.distributed).keys():
         setattr(torch.distributed, name, counting(getattr(torch.distributed, name)))
     stop, ranks.stop = ranks.stop, lambda: None  # one group for all runs
+    report.answer, os.fsync = (lambda *_: ""), (lambda file: None)  # as in conftest.py
     if apart:  # machines that do not share a disk
         run_folder.PATIENCE = 0.2
         os.mkdir(f"machine-{ranks.rank()}")
@@ -74,25 +82,36 @@ def as_rank(runs, apart):
 
 
 def fork_ranks(path):
-    """Each (number of ranks, runs, apart) of a JSON file in turn; what torchrun sets is set here."""
+    """Each (number of ranks, runs, apart) of a JSON file in turn; what torchrun sets is set here, and like
+    torchrun this ends the others where one fails. Prints the status of each group after its output."""
     for n, runs, apart in json.loads(Path(path).read_text()):
         os.environ |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "localhost",
                        "MASTER_PORT": str(free_port())}
-        children = []
+        children, status = set(), 0
         for rank in range(n):
             if not (child := os.fork()):
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                status = 1
                 try:
                     as_rank(runs, apart)
-                    os._exit(0)
-                finally:
+                    status = 0
+                except SystemExit as e:
+                    status = e.code
+                    print(*[e.code] if isinstance(status, str) else [], file=sys.stderr)
+                except BaseException:
                     traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
-            children.append(child)
-        for _ in children:
-            if os.wait()[1]:
-                os.killpg(0, signal.SIGKILL)  # the others would wait for it
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status if isinstance(status, int) else 1)
+            children.add(child)
+        while children:
+            child, how = os.wait()
+            children.remove(child)
+            if how and not status:
+                status = os.waitstatus_to_exitcode(how)
+                for other in children:  # they would wait for it
+                    os.kill(other, signal.SIGKILL)
+        print(f"\nstatus {status}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -197,15 +216,21 @@ def same_run(one, some):
 
 @pytest.fixture(scope="module")
 def folder(inputs, tmp_path_factory):
-    """CASES in 1, 2 and 3 ranks: folder / N / case; and one run that 3, 2 and 1 ranks continue in turn."""
+    """CASES in 1, 2 and 3 ranks: folder / N / case; and one run that 3, 2 and 1 ranks continue in turn.
+    In failures.json: the status and output of two ranks for each of BAD."""
     folder = tmp_path_factory.mktemp("ranks")
     groups = []
     for n, resumed in ((3, {"steps": 1}), (2, {"steps": 2, "resume": True})):
         runs = [flags(inputs, case, folder / str(n) / case) for case in CASES]
         groups.append((n, [*runs, flags(inputs, "dpo", folder / "resumed", **resumed)], False))
+    groups += [(2, [flags(inputs, "dpo", name, **changes)], name == "apart") for name, changes, _ in BAD]
     (folder / "groups.json").write_text(json.dumps(groups))
-    status, output = finish(start(0, __file__, folder / "groups.json"), timeout=300)
-    assert status == 0, output
+    (folder / "locked").mkdir()
+    with FileLock(folder / "locked" / ".lock"):
+        status, output = finish(start(0, __file__, folder / "groups.json", cwd=folder), timeout=300)
+    parts = re.split(r"\nstatus (-?\d+)\n", output)
+    assert parts[1:4:2] == ["0", "0"] and status == 0 and len(parts) == 2 * len(groups) + 1, output
+    (folder / "failures.json").write_text(json.dumps(list(zip(parts[5::2], parts[4::2], strict=False))))
     for case in CASES:
         train.main(flags(inputs, case, folder / "1" / case))
     train.main(flags(inputs, "dpo", folder / "resumed", resume=True))
@@ -246,24 +271,15 @@ def test_the_folder_of_a_run_is_the_same_for_any_number_of_ranks(folder):
 
 
 @pytest.mark.slow
-def test_two_machines_have_the_numbers_of_one_process(folder, inputs, tmp_path):
-    """Two agents of torchrun, a rank each, that meet on the loopback device and share a folder."""
-    port, agents = free_port(), []
-    for node in range(2):
-        torchrun = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
-        agents.append(start(1, ROOT / "train.py", *flags(inputs, "dpo", tmp_path / "run"), torchrun=torchrun))
-    ends = [finish(agent, timeout=100) for agent in agents]
-    assert [status for status, _ in ends] == [0, 0], ends
-    same_run(folder / "1" / "dpo", tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_machines_that_do_not_share_the_folder_are_told_so(inputs, tmp_path):
-    """Once, before anything is trained."""
-    (tmp_path / "groups.json").write_text(json.dumps([(2, [flags(inputs, "dpo", "run")], True)]))
-    status, output = finish(start(0, __file__, tmp_path / "groups.json", cwd=tmp_path))
-    assert status and output.count("train.py: error: --out_dir run: another machine does not see what") == 1
-    assert not list(tmp_path.rglob("*/run/[!.]*")) and not list(tmp_path.rglob(".ranks"))
+@pytest.mark.parametrize("number", range(3), ids=["flag", "locked", "apart"])
+def test_bad_input_is_one_line_once_and_status_2(folder, number):
+    """What every rank finds; what rank 0 alone finds; and what only shows between machines, before anything
+    is trained."""
+    name, _, words = BAD[number]
+    status, output = json.loads((folder / "failures.json").read_text())[number]
+    assert status == "2" and output.count("train.py: error:") == 1 and words in output, output
+    assert "Traceback" not in output
+    assert not list(folder.glob(f"**/{name}/[!.]*")) and not list(folder.rglob(".ranks"))
 
 
 def test_one_process_has_neither_group_nor_wrapper(inputs, tmp_path, monkeypatch):
@@ -273,7 +289,9 @@ def test_one_process_has_neither_group_nor_wrapper(inputs, tmp_path, monkeypatch
     assert not torch.distributed.is_initialized()
     assert type(kept[0]) is GPT and type(kept[1].model) is GPT
     micros, rows = [np.arange(3)], [{}]
-    assert [(micro is micros[0], weight) for micro, weight in ranks.share(micros, None)] == [(True, 1)]
+    [(micro, weight)] = ranks.share(micros[0], lambda _: micros)
+    assert micro is micros[0] and weight == 1
+    ranks.reduce_gradients(None, now=True)  # asks nothing of the model
     assert ranks.gather(rows, 3) is rows
 
 
@@ -292,26 +310,22 @@ def test_where_rank_0_fails_the_others_stop_too(monkeypatch):
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_shares_cover_each_step_once_in_equally_many_micro_batches(monkeypatch, world):
-    """Each pair has weight 1 on one rank; all ranks communicate equally often, and reduce in the last."""
+    """Each pair has weight 1 on one rank; all ranks communicate equally often."""
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    syncs = []
-
-    class Model:
-        set_requires_gradient_sync = staticmethod(syncs.append)
-
     for n in range(1, 12):
         for size in (1, 2, 3):
             order = np.random.default_rng(n).permutation(n)
-            micros = [order[i:i + size] for i in range(0, n, size)]
             counts, seen = set(), []
+
+            def cut(order, size=size):
+                return [order[i:i + size] for i in range(0, len(order), size)]
+
             for rank in range(world):
                 monkeypatch.setenv("RANK", str(rank))
-                syncs.clear()
-                own = list(ranks.share(micros, Model))
+                own = ranks.share(order, cut)
                 counts.add(len(own))
                 seen += [i for micro, weight in own for i in micro if weight]
                 assert all(0 < len(micro) <= size for micro, _ in own)
-                assert syncs == [False] * (len(own) - 1) + [True]
             assert counts == {math.ceil(math.ceil(n / world) / size)}
             assert sorted(seen) == list(range(n))
 
@@ -321,25 +335,18 @@ def test_shares_cover_each_step_once_in_equally_many_micro_batches(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_bad_input_is_one_line_once_and_status_2(inputs, tmp_path):
-    """What every rank finds, and what rank 0 alone finds: another process writes to the folder."""
-    with FileLock(tmp_path / ".lock"):
-        started = [start(2, *small_run(inputs, tmp_path / "run", beta=-1)),
-                   start(2, *small_run(inputs, tmp_path, init=inputs / "init"))]
-        ends = [finish(process) for process in started]
-    words = "--beta -1.0: must be greater", "another process is writing there"
-    for says, (status, output) in zip(words, ends, strict=True):
-        assert status and output.count("train.py: error:") == 1 and says in output, output
-        assert "exitcode  : 2" in output
-    assert not list(tmp_path.glob("[!.]*"))
-
-
-@pytest.mark.slow
-def test_a_preference_run_makes_its_start_in_ranks_and_prints_once(inputs, tmp_path):
-    """In float32, whose sum gloo reduces by itself."""
+def test_a_preference_run_on_two_machines_makes_its_start_prints_once_and_has_the_numbers_of_one_process(
+        inputs, tmp_path):
+    """Two agents of torchrun, a rank each, that meet on the loopback device and share a folder. In float32,
+    whose sum gloo reduces by itself."""
     sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 64, "sft_steps": 2, "steps": 2}
-    status, output = finish(start(2, *small_run(inputs, tmp_path / "dpo", **sizes)))
-    assert status == 0, output
+    port, agents = free_port(), []
+    for node in range(2):
+        torchrun = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
+        agents.append(start(1, *small_run(inputs, tmp_path / "dpo", **sizes), torchrun=torchrun))
+    ends = [finish(agent) for agent in agents]
+    assert [status for status, _ in ends] == [0, 0], ends
+    output = "".join(output for _, output in ends)
     for once in ("first a start, by SFT", "before the first step: loss 0.6931 = log 2", "next:"):
         assert output.count(once) == 1, output
     assert read_run(tmp_path / "sft")["finished"] == 2

@@ -57,7 +57,8 @@ def test_the_flags_in_the_readme_exist():
     for program in [ROOT / "sample.py", *ROOT.glob("tools/*.py"), *ROOT.glob("[egp]*/*.py")]:
         known |= set(re.findall(r'"(--\w+)"', program.read_text(encoding="utf-8")))
     known |= {flag.replace("--", "--no-") for flag in known}
-    known |= {"--help", "--standalone", "--nproc_per_node", "--nnodes"}
+    known |= {"--help", "--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr",
+              "--master_port"}
     assert set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)?", README)) <= known
 
 

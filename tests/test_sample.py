@@ -11,7 +11,9 @@ import torch
 
 import data
 import sample
+import train
 from model import GPT, GPTConfig
+from plumbing import report
 
 
 @pytest.fixture
@@ -137,3 +139,73 @@ def test_an_sft_run_needs_a_reference_to_compare_with(run, capsys):
     assert "has no reference; name one with --ref" in capsys.readouterr().err
     sample.main([str(run), "--prompt", "x", "--ref", str(run.parent / "ref"), "--max_new_tokens=2", "--heat"])
     assert "beta 1;" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models with more rows than their tokenizer has ids
+
+TOKENIZER = [  # 257 ids of text and "[PAD]", id 257, as old and new versions of transformers save them
+    {"added_tokens.json": {"[PAD]": 257}, "special_tokens_map.json": {"pad_token": "[PAD]"}},
+    {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {
+        "257": {"content": "[PAD]", "special": True}}}},
+]
+
+
+@pytest.fixture(params=[(258, TOKENIZER[0]), (260, TOKENIZER[1]), (320, {})], ids=["258", "260", "320"])
+def padded(request, tmp_path):
+    """The folder of a model of some more rows, its own tokenizer in it. Left alone it says row 257 only."""
+    rows, files = request.param
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(rows, 32, 1, 2, 16))
+    with torch.no_grad():
+        model.ln_f.bias.fill_(1)
+        model.wte.weight[257] = 2
+    model.save_pretrained(tmp_path / "padded", eos=256)
+    data.Tokenizer("bytes").save(tmp_path / "padded")
+    for name, content in files.items():
+        (tmp_path / "padded" / name).write_text(json.dumps(content))
+    lines = [{"prompt": f"[PAD]{i}", "chosen": "[PAD] yes", "rejected": "no"} for i in range(8)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "padded"
+
+
+def test_rows_beyond_the_tokenizer_train_resume_and_are_kept_but_never_sampled(padded, tmp_path, capsys):
+    out, flags = tmp_path / "out", f"--data {tmp_path / 'd.jsonl'} --batch_size 4 --device cpu"
+    train.main(f"{flags} --init {padded} --out_dir {out} --steps 1".split())
+    train.main(f"--resume --out_dir {out} --steps 2".split())
+    kept = [name for name in ("vocab.json", "merges.txt", *(p.name for p in padded.glob("*token*")))]
+    assert all((out / name).read_bytes() == (padded / name).read_bytes() for name in kept)
+    policy, tokenizer = GPT.from_pretrained(out), data.Tokenizer(out)
+    assert policy.config == GPT.from_pretrained(padded).config
+    assert (policy.generate(torch.tensor([[72]]), 4)[0, 1:] == 257).all()
+    with report.sampling(policy, tokenizer):
+        assert policy.generate(torch.tensor([[72]]), 20).max() <= 256
+    assert policy.config.vocab_size > 257
+    assert "\ufffd" * 4 not in capsys.readouterr().out  # of the answers at the ends of both runs
+    sample.main([str(out), "--prompt", "Hi", "--max_new_tokens", "8", "--heat"])
+    assert "\ufffd" * 8 not in capsys.readouterr().out
+
+
+def test_a_probability_is_that_of_a_softmax_over_all_rows_of_the_model(padded):
+    """As the model's authors computed it: the added row has nearly all of the probability here."""
+    model = GPT.from_pretrained(padded)
+    prompt, response, scores = np.array([72]), np.array([105, 256]), np.zeros((1, 0), dtype=np.float32)
+    batch = data.collate([data.Pair(prompt, response, response[:0], 0 * response, response[:0], scores,
+                                    scores[:0])])
+    cfg = train.Config(device="cpu", dtype="float32", head_tokens=10, compile=False, compile_head=False)
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([[72, 105]])))[0]  # (2, rows)
+    expected = logits.log_softmax(-1)[[0, 1], [105, 256]]
+    assert torch.allclose(train.response_logps(model, batch, cfg), expected) and expected.max() < -10
+
+
+def test_a_model_with_fewer_rows_than_its_tokenizer_or_others_than_the_policys_is_refused(padded, capsys):
+    flags = f"--data {padded.parent / 'd.jsonl'} --out_dir {padded.parent / 'out'} --device cpu"
+    for rows, argv, says in ((256, "--init", "has 256 token ids, the tokenizer 257"),
+                             (400, f"--init {padded} --ref", "has 400 token ids, the policy")):
+        GPT(GPTConfig(rows, 32, 1, 2, 16)).save_pretrained(padded.parent / "other")
+        data.Tokenizer("bytes").save(padded.parent / "other")
+        with pytest.raises(SystemExit):
+            train.main(f"{flags} {argv} {padded.parent / 'other'}".split())
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1, err

@@ -26,7 +26,7 @@ import throughput  # noqa: E402
 pytestmark = pytest.mark.slow  # processes and training: seconds each
 
 OPTIONS = argparse.Namespace(lengths="tiny", vocab=97, length_times=1, batches=1, pairs=5, device="cpu",
-                             dtype="float64", loss="dpo")
+                             dtype="float64", loss="dpo", peer_compile=False)
 needs_compiler = pytest.mark.skipif(machine.cannot_compile() is not None, reason="no C++ compiler")
 
 
@@ -50,7 +50,7 @@ def step(name, dtype="float64", folder=None, **knobs):
                           partial(train.response_logps, model, cfg=plain),
                           folder and Memory(folder, pairs, dtype))
     index = np.arange(len(pairs))
-    batches = list(train.batches(pairs, index, cfg, policy))
+    batches = list(train.batches(pairs, index, cfg))
     if folder and "chosen_seq_kl" not in train.terms_of(loss):  # the step reads what is filled in here
         for batch in batches:
             reference(batch, with_kl=False)
@@ -68,11 +68,13 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("loss", ["dpo", "dpop", "tdpo1", "tdpo2"])
 def test_chunks_micro_batches_and_the_remembered_reference_change_nothing(tmp_path, loss):
-    """One chunk, a chunk a pair, a micro-batch a pair, a remembered reference: one loss, one gradient."""
+    """One chunk, a chunk a pair, a micro-batch a pair, a remembered reference, pairs packed in rows: one
+    loss, one gradient."""
     whole = step(loss)
     assert whole[1].norm() > 1e-3
     for knobs in ({"head_tokens": 1}, {"head_tokens": 40, "micro_batch_size": 2}, {"micro_batch_size": 1},
-                  {"micro_batch_tokens": 60}, {"folder": tmp_path, "head_tokens": 40}):
+                  {"micro_batch_tokens": 60}, {"folder": tmp_path, "head_tokens": 40}, {"pack": True},
+                  {"pack": True, "micro_batch_tokens": 128, "head_tokens": 40}):
         assert_equal(step(loss, **knobs), whole)
 
 

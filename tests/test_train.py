@@ -517,17 +517,34 @@ def test_sft_learns_the_chosen_responses(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(machine.cannot_compile() is not None, reason="torch.compile needs g++ and Python.h")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from its compiler
-def test_a_compiled_run_gives_the_numbers_of_an_eager_one_to_rounding(model_a, model_b, tmp_path):
-    """Trunk and head, with the full-vocabulary KL, in several micro-batches and chunks."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of the compiler
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_compiled_run_gives_the_numbers_of_an_eager_one_to_rounding(model_a, model_b, tmp_path, pack):
+    """Trunk and head, with the full-vocabulary KL, in several micro-batches and chunks. Whatever their
+    number, the blocks have three graphs, of the reference and of the policy with and without gradient, and
+    the head two."""
+    torch._dynamo.reset()
     common = {"loss": "tdpo2", "init": model_a, "ref": model_b, "steps": 3, "lr": 1e-3,
               "micro_batch_size": 4, "head_tokens": 40}
     eager = run(tmp_path, **common, compile=False)
-    compiled = run(tmp_path, **common, compile=True, out_dir=tmp_path / "compiled")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = run(tmp_path, **common, compile=True, pack=pack, out_dir=tmp_path / "compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 5
     assert compiled[0] == pytest.approx(eager[0], rel=1e-4, abs=1e-4)
     for e, c in zip(eager[3], compiled[3], strict=True):
         assert (c["loss"], c["grad_norm"]) == pytest.approx((e["loss"], e["grad_norm"]), rel=1e-4)
     assert list(weights(compiled[1])) == list(weights(eager[1]))
+
+
+@pytest.mark.parametrize("loss", ["sft", "tdpo2"])
+def test_a_packed_run_gives_the_numbers_of_rows(model_a, tmp_path, loss):
+    common = {"loss": loss, "init": model_a, "steps": 3, "lr": 1e-3, "micro_batch_size": 3,
+              "dtype": "float64"}
+    rows = run(tmp_path, **common)
+    packed = run(tmp_path, **common, pack=True, out_dir=tmp_path / "packed")
+    assert packed[0] == pytest.approx(rows[0], rel=1e-10, abs=1e-10)
+    for r, p in zip(rows[3], packed[3], strict=True):
+        assert (p["loss"], p["grad_norm"]) == pytest.approx((r["loss"], r["grad_norm"]), rel=1e-10)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -153,6 +153,31 @@ def test_another_special_token_of_the_vocabulary_is_never_produced(folders):
     assert tokenizer.hash == Tokenizer(folders[1]).hash
 
 
+PAD = {"id": 261, "content": "[PAD]", "special": True}
+ADDED = {  # as transformers writes one added special token: {file: content}
+    "tokenizer.json": {"tokenizer.json": tokenizer_json() | {
+        "added_tokens": [*tokenizer_json()["added_tokens"], PAD]}},
+    "tokenizer_config.json": {"tokenizer_config.json": {"added_tokens_decoder": {"261": PAD}}},
+    "added_tokens.json": {"added_tokens.json": {"[PAD]": 261},
+                          "special_tokens_map.json": {"pad_token": "[PAD]"}},
+}
+
+
+@pytest.mark.parametrize("files", ADDED.values(), ids=ADDED)
+def test_an_added_special_token_is_no_text_and_is_kept_when_the_files_are_copied(folders, files, tmp_path):
+    hf, saved = folders[0], tmp_path / "copied"
+    for name, content in files.items():
+        (hf / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer(hf)
+    assert (tokenizer.vocab_size, tokenizer.hash) == (261, Tokenizer(folders[1]).hash)
+    ids = tokenizer.encode("[PAD] x[PAD]")
+    assert max(ids) < 260 and tokenizer.decode(ids) == "[PAD] x[PAD]"
+    saved.mkdir()
+    assert vocab.copy(hf, saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == {p.name: p.read_bytes() for p in hf.iterdir()}
+    assert not vocab.copy(folders[1], saved)  # encoder.json, which transformers does not read
+
+
 def test_every_id_decodes_and_unknown_ones_to_the_replacement_character(folders):
     for tokenizer in (BYTES, *map(Tokenizer, folders)):
         for i in range(-2, tokenizer.vocab_size + 9):
@@ -281,6 +306,14 @@ def test_a_tokenizer_config_that_asks_for_other_ids_is_refused(folders, config, 
         assert message in refused(folders[0])
     else:
         assert Tokenizer(folders[0]).vocab_size == 261
+
+
+def test_an_added_token_that_no_file_calls_special_is_refused(folders):
+    """Text becomes it, in transformers."""
+    (folders[0] / "added_tokens.json").write_text('{"<word>": 261}')
+    assert "added_tokens.json: no other file says that '<word>' is special" in refused(folders[0])
+    (folders[0] / "added_tokens.json").write_text("7")
+    assert "not an object" in refused(folders[0])
 
 
 def test_two_vocabularies_in_one_folder_are_refused(folders):

@@ -35,14 +35,14 @@ class Findings:
         self.notes, self.ignored = [], Counter()  # what was not read: files, {key: records}
         self.forms = defaultdict(Counter)  # {file: {form: records}}
         self.lines = defaultdict(list)  # {finding: [file:line]}
-        self.prompts = set()  # digests
+        self.prompts, self.pairs = Counter(), Counter()  # {digest: how often}
         self.lengths, self.lost, self.distances = [], [], []  # (P, C, R); tokens lost by prompts; [0, 1]
         self.segments, self.scores = [], ([], [])  # (S_w, S_l, segments without a token); chosen, rejected
 
 
 def examine(paths, tokenizer, block_size):
     """Read every record of the files -> Findings."""
-    found, seen, seen_cut = Findings(), set(), set()
+    found, seen_cut = Findings(), set()
     for path in formats.list_files(paths, found.notes):
         for where, record in formats.read_records(path):
             found.records += 1
@@ -62,9 +62,9 @@ def examine(paths, tokenizer, block_size):
             cut_key = digest(*(ids.tobytes() for ids in (pair.prompt, pair.chosen, pair.rejected)))
             checks = {
                 "cut": pair.cut,
-                "duplicate": key in seen,
-                "contradiction": swapped in seen,
-                "equal once cut": cut_key in seen_cut and key not in seen,
+                "duplicate": key in found.pairs,
+                "contradiction": swapped in found.pairs,
+                "equal once cut": cut_key in seen_cut and key not in found.pairs,
                 "one token": min(len(pair.chosen), len(pair.rejected)) == 2,
                 "repeats prompt": prompt and chosen.startswith(prompt) and rejected.startswith(prompt),
                 "eot": any(map(formats.ends_in_eot, sides)),
@@ -72,8 +72,8 @@ def examine(paths, tokenizer, block_size):
             }
             for finding in (name for name, true in checks.items() if true):
                 found.lines[finding].append(where)
-            found.prompts.add(digest(prompt))
-            seen.add(key)
+            found.prompts[digest(prompt)] += 1
+            found.pairs[key] += 1
             seen_cut.add(cut_key)
             found.example = found.example or pair
             found.lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
@@ -259,8 +259,11 @@ def report_segments(found):
 def train_command(found, options):
     """The command that trains on these files as they were examined."""
     loss = "2d-dpo" if len(found.scores[0]) == len(found.lengths) else "dpo"
+    room = max(1, len(found.lengths) // 10)  # as data.hold_out
+    rare = any(len(n) > 1 and min(n.values()) <= room for n in (found.prompts, found.pairs))
     return shlex.join(["python", "train.py", "--loss", loss, "--data", *options.files, "--tokenizer",
-                       options.tokenizer, "--block_size", str(options.block_size)])
+                       options.tokenizer, "--block_size", str(options.block_size),
+                       *([] if rare else ["--val_data", "HELD_OUT_PAIRS"])])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -314,7 +317,7 @@ def segment_lines(paths):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help=".jsonl, .jsonl.gz or .json files, or folders of them")
+    add("files", nargs="+", metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet files, or folders")
     add("--tokenizer", default="gpt2", help="gpt2, bytes, FILE.tiktoken or FOLDER (default: gpt2)")
     add("--block_size", type=int, default=flags.DEFAULTS["block_size"],
         help="longest prompt + response in tokens (default: %(default)s, as in train.py)")
@@ -337,7 +340,7 @@ def main(arguments=None):
         if options.plot and found.lengths:
             plot(found, options.plot)
             print(f"\nhistograms: {options.plot}")
-        if found.lengths and not found.malformed:
+        if found.lengths and not found.malformed and len({x.shape[1] for x in found.scores[0]}) < 2:
             print(f"\nTo train on this:\n  {train_command(found, options)}")
         return 2 if found.malformed else 0
     except data.DataError as e:

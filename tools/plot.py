@@ -6,6 +6,7 @@ is a thin line, held-out pairs are dots; one colour a run. The default file is r
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def draw(logs, path):
     for axis, (title, unit, metrics) in zip(axes.flat, PANELS, strict=True):
         drawn = False
         for i, (name, records) in enumerate(logs.items()):
+            name = os.fsencode(name).decode(errors="replace")  # letters that the locale lacks
             for metric, (label, style) in metrics.items():
                 colour, label = colours[i % len(colours)], f"{name}, {label}" if label else name
                 training = [(r["step"], r[metric]) for r in records if metric in r]
