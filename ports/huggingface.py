@@ -4,7 +4,7 @@
 
 `Policy` gives the model the shape of model.GPT; the rest is train.py: step, evaluation, remembered reference,
 log, --resume. --lora RANK trains adapters (needs peft); the reference is then the same model without them.
-The result is a folder for transformers, vLLM and the like. --lr is 1e-6 by default, with --lora 1e-5.
+The result is a folder for transformers, vLLM and the like.
 """
 
 import sys
@@ -14,16 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import train  # isort: skip  (before torch, which reads its settings when it is imported)
 
 from contextlib import nullcontext
-from functools import partial
 from types import SimpleNamespace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from losses import LOSSES, terms_of
-from plumbing import flags, report
-from plumbing.folder import Run, identity_of, weights_hash
-from plumbing.reference import Memory, Reference, no_reference
+from losses import LOSSES
+from plumbing import flags, machine, report
+from plumbing.folder import identity_of, weights_hash
 from ports.huggingface_setup import choose_rows, loaded, resolve
 
 
@@ -86,6 +84,9 @@ class Policy(torch.nn.Module):
 
     def save_pretrained(self, folder, eos):
         model = self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
+        stops = model.generation_config.eos_token_id
+        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        model.generation_config.eos_token_id = sorted({*stops, eos})  # what has been trained to end an answer
         model.to(self.saved_as).save_pretrained(folder)
 
 
@@ -115,6 +116,7 @@ def models(cfg, rank, *data):
 
 
 def main(argv=None):
+    machine.tune_allocator()
     with report.one_line_errors("huggingface.py"):
         cfg, rank, tokenizer = resolve(argv)
         pairs, val = flags.load_data(cfg, tokenizer)
@@ -122,23 +124,8 @@ def main(argv=None):
             report.say("turns are rendered by the model's own chat template")
         policy, ref, hashes = models(cfg, rank, pairs, val)
         identity = identity_of(cfg, pairs, val, tokenizer, *hashes) | {"lora": rank}
-        terms = terms_of(LOSSES[cfg.loss])
-        maximum = pairs.score_maximum() if "chosen_rewards" in terms else None
-        pairs, val = (train.as_read(part, cfg, maximum) for part in (pairs, val))
-        with Run(cfg, identity, cfg.init, cfg.ref, maximum, policy, pairs, val) as run:
-            if run.finished:
-                return
-            reference = no_reference
-            if ref:
-                memory = Memory(run.folder, pairs, cfg.dtype) if "chosen_seq_kl" not in terms else None
-                reference = Reference(ref, partial(train.hidden_states, ref, cfg=cfg),
-                                      partial(train.response_logps, ref, cfg=cfg), memory)
-                if hashes[0] == hashes[1] and not run.has_checkpoint():
-                    train.check_start(policy, reference, val, cfg)
-            train.train(policy, reference, pairs, val, cfg, run)
-            run.finish(policy, tokenizer)
-        report.table(cfg, len(val), run.before, run.after)
-        report.say(f"saved in {cfg.out_dir}: a folder of transformers, run.json, log.jsonl, checkpoints")
+        if train.run_models(cfg, identity, cfg.init, cfg.ref, tokenizer, pairs, val, policy, ref)[0]:
+            report.say(f"saved in {cfg.out_dir}: a folder of transformers, run.json, log.jsonl, checkpoints")
 
 
 if __name__ == "__main__":

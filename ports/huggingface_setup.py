@@ -93,13 +93,21 @@ def loaded(kind, name, **kwargs):
 
 def resolve(argv):
     """argv -> (Config, rank of the adapters or 0, Tokenizer)."""
-    parser = argparse.ArgumentParser("huggingface.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--lora", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        "huggingface.py", usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]",
+        add_help=False, allow_abbrev=False, epilog="The other flags are train.py's, below; refused are "
+        "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head, --pack. --lr is 1e-6, with --lora 1e-5.")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK",
+                        help="train adapters of this rank, with peft; default 0: the model's own weights")
     own, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & {*rest}:
+        parser.print_help()
+        print()
     cfg = flags.parse(train.Config, rest)
     flags.check(cfg)
-    if cfg.init is None or own.lora < 0 or cfg.compile_head or ranks.world() > 1:
-        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head, no torchrun")
+    if cfg.init is None or own.lora < 0 or cfg.compile_head or cfg.pack or ranks.world() > 1:
+        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head, no --pack, no "
+                          "torchrun")
     for name in ("tokenizer", "n_layer", "n_head", "n_embd"):
         flags.refuse_unread(cfg, name, "the model has its own")
     text = loaded(AutoConfig, cfg.init).get_text_config()
@@ -108,7 +116,7 @@ def resolve(argv):
     check_free(Path(out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
     filled = flags.defaults_of_loss(cfg) | flags.defaults_of_machine(cfg, device, tokenizer)
     filled |= {"out_dir": out_dir, "device": device, "lr": 1e-5 if own.lora else 1e-6, "compile_head": False,
-               "block_size": min(2048, getattr(text, "max_position_embeddings", 2048))}
+               "pack": False, "block_size": min(2048, getattr(text, "max_position_embeddings", 2048))}
     cfg = replace(cfg, **{name: x for name, x in filled.items() if getattr(cfg, name) is None})
     return cfg, own.lora, tokenizer
 

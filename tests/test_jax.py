@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from golden import check, make
 
 jax = pytest.importorskip("jax", reason="needs jax: pip install 'jax[cpu]'")
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is nearly all of this test's time
 
 import jax.numpy as jnp  # noqa: E402
 
@@ -55,21 +56,25 @@ def results(x):
         policy, reference = ({name.removeprefix(which): t for name, t in x.items() if name.startswith(which)}
                              for which in ("policy", "reference"))
 
-    def logits(p, side):
-        given = f"_{side}_logits"
-        return p[given] if given in p else gpt(p, x[f"{side}_ids"])
+    def logits(p):
+        """Of chosen and of rejected."""
+        if "_chosen_logits" in p:
+            return [p[f"_{side}_logits"] for side in SIDES]
+        return jnp.split(gpt(p, jnp.concatenate([x[f"{side}_ids"] for side in SIDES])), 2)
 
-    def quantities(p):
-        return [sums(sides[side], logits(p, side), logits(reference, side)) for side in SIDES]
+    def totals(p):
+        """The sum of each loss, (losses,), and what they are made of."""
+        w, l_ = (sums(sides[side], *z) for side, *z in zip(SIDES, logits(p), logits(reference), strict=True))
+        return jnp.stack([loss_of(name, w, l_, **knobs).sum() for name, knobs in KNOBS.items()]), (w, l_)
 
-    out, (w, l_) = {}, quantities(policy)
+    by_parameter, (w, l_) = jax.jacrev(totals, has_aux=True)(policy)
+    out = {}
     for side, q in zip(SIDES, (w, l_), strict=True):
         out |= {f"ref_{side}_{name[4:]}" if name.startswith("ref_") else f"{side}_{name}": t
                 for name, t in q.items() if name != "has"}
     *index, paired = selected(w["rewards"], l_["rewards"], w["has"], l_["has"])
     out |= {f"{side}_selected": jnp.where(paired, i, -1) for side, i in zip(SIDES, index, strict=True)}
 
-    _, through = jax.vjp(quantities, policy)
     for name, knobs in KNOBS.items():
         out[f"{name}/loss"], pull = jax.vjp(lambda w, l_, n=name, k=knobs: loss_of(n, w, l_, **k), w, l_)
         grads = pull(jnp.ones_like(out[f"{name}/loss"]))  # of the sum over the pairs
@@ -80,7 +85,9 @@ def results(x):
                 out[f"{name}/grad_{side}_seq_kl"] = g["seq_kl"]
             if name.startswith(("dpo", "tdpo")):
                 out[f"{name}/{side}_reward"] = knobs["beta"] * (q["logps"] - q["ref_logps"])
-        out |= {f"{name}/grad{parameter}": g for parameter, g in through([*grads])[0].items()
+
+    for parameter, grads in by_parameter.items():  # (losses, ...)
+        out |= {f"{name}/grad{parameter}": g for name, g in zip(KNOBS, grads, strict=True)
                 if (name, parameter) != ("sft", "_rejected_logits")}
     return out
 
