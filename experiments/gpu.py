@@ -427,6 +427,31 @@ def share_of_kernels(work):
     return sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6 / elapsed
 
 
+def padding(o):
+    """What share of the trunk's tokens is padding, and how many micro-batches a step has: packed and in rows,
+    on pairs of HH where they are there."""
+    if HH.exists():
+        pairs, _ = data.load([HH], data.Tokenizer(GPT2), 1024)
+    else:
+        pairs = throughput.make_pairs(options(o, lengths="hh", pairs=256, batches=10, vocab=97))
+    results = []
+    for size in (64, 256):
+        cfg = train.Config(batch_size=size, micro_batch_tokens=32768)
+        row = train.row_length(pairs, cfg)
+        for name, cut in (("packed", {"tokens": row, "multiple": row, "packed": True}),
+                          ("rows", {"tokens": cfg.micro_batch_tokens, "multiple": data.TILE})):
+            real = computed = count = 0
+            for step in range(20 if o.dry_run else 300):
+                index = data.step_indices(len(pairs), size, 0, step)
+                micros = data.micro_batches(pairs, index, **cut)
+                real, count = real + pairs.lengths[index].sum(), count + len(micros)
+                computed += sum(data.collate([pairs[i] for i in micro], cut["multiple"], name == "packed")
+                                .tokens.numel() for micro in micros)
+            results += [fact(f"{size} pairs, {name}: padding", float(1 - real / computed)),
+                        fact(f"{size} pairs, {name}: micro-batches a step", count / (step + 1))]
+    return results
+
+
 def own_speed(o, size, pairs, mfu):
     r = own_steps(o, *((1, 2) if o.dry_run else (10, 30)), size=size, lengths="hh", pairs=pairs, batches=10)
     return [fact("s/step, median", statistics.median(r["seconds"])), at_least("MFU", r["mfu"], mfu),
@@ -493,6 +518,7 @@ PARTS = {
         "small, 64 pairs": (own_speed, SMALL | {"pairs": 64, "mfu": 0.30}, 90),
         "small, 256 pairs": (own_speed, SMALL | {"pairs": 256, "mfu": 0.38}, 90),
         "medium, 64 pairs": (own_speed, {"size": "gpt2-medium", "pairs": 64, "mfu": 0.45}, 120),
+        "padding": (padding, {}, 90),
         "rows": (against, {"peer": "rows", "faster": 1.5, "smaller": 0.8, "pairs": 64}, 150),
         "classic": (against, CLASSIC, 90), "classic, compiled": (against, CLASSIC | COMPILED, 150),
         "TRL": (against, TRL, 120), "TRL, compiled": (against, TRL | COMPILED, 150),

@@ -24,8 +24,9 @@ def test_the_checks_of_correctness_hold_on_a_cpu(name):
     assert results and all(r.get("holds", True) for r in results), results
 
 
-@pytest.mark.parametrize("part, name", [("speed", "small, 64 pairs"), ("size", "XL"), ("size", "200 steps"),
-                                        ("size", "chunks of 2^27 logits")])
+@pytest.mark.parametrize("part, name", [
+    ("speed", "small, 64 pairs"), ("speed", "padding"), ("size", "XL"), ("size", "200 steps"),
+    ("size", "chunks of 2^27 logits")])
 def test_the_measurements_run(part, name):
     function, arguments, _ = gpu.PARTS[part][name]
     results = {r["what"]: r["value"] for r in function(DRY, **arguments)}
