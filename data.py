@@ -351,7 +351,7 @@ class Batch:
         return self.may_attend(torch.arange(G, device=q.device).view(G, 1, 1, 1), 0, q[:, None], q)
 
     def block_mask(self):
-        """The same for FlexAttention: of each TILE of queries, the tiles of keys that it may see some of."""
+        """The same for FlexAttention: of each TILE of queries, the tiles from its first pair's to its own."""
         tile = np.arange(self.tokens.shape[1] // TILE)  # it looks back to where its first token's pair begins
         first = self.begins[np.searchsorted(self.begins, TILE * tile, side="right") - 1] // TILE
         count = tile - first + 1

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from plumbing import formats, machine, vocab
 from plumbing.errors import ConfigError
 from plumbing.files import read_bytes
 from plumbing.flags import check_vocabulary, model_sizes
-from plumbing.folder import read_run
+from plumbing.folder import read_run, weights_hash
 from plumbing.report import fail, one_line_errors, sampling
 
 
@@ -140,13 +141,21 @@ def check(args):
 
 def load(args):
     """(policy, reference, tokenizer, beta) of a run's folder."""
-    config = read_run(args.out_dir)["config"]
+    run = read_run(args.out_dir)
+    config = run["config"]
     ref = args.ref or config["ref"]
+    if not Path(args.out_dir, "model.safetensors").exists():
+        raise ConfigError(f"{args.out_dir}: this run has not finished; train.py --resume --out_dir "
+                          f"{args.out_dir} goes on")
     if ref is None:
         raise ConfigError(f"{args.out_dir}: this run has no reference; name one with --ref")
     tokenizer = Tokenizer(args.out_dir)
     model_sizes("ref", ref)  # refuses a folder that is not there, or not there any more
     policy, reference = (GPT.from_pretrained(name).to(args.device) for name in (args.out_dir, ref))
+    hashed = reference.double() if config.get("dtype") == "float64" else reference
+    if args.ref is None and run["identity"].get("ref") not in (None, weights_hash(hashed)):
+        raise ConfigError(f"{ref}: is no longer the reference of this run; name the right one with --ref")
+    reference.float()
     if vocab.is_in(ref) and Tokenizer(ref).hash != tokenizer.hash:
         raise ConfigError(f"--ref {ref}: has another tokenizer than the run")
     check_vocabulary("ref", ref, reference.config.vocab_size, tokenizer)

@@ -175,7 +175,8 @@ def step(policy, reference, batch, loss, scale, cfg):
 def row_length(pairs, cfg):
     """The one length of all packed rows, in which a step leaves little room: 1.15 of its mean, since steps
     differ, over the fewest rows of --micro_batch_tokens."""
-    need = 1.15 * pairs.lengths.mean() * min(cfg.batch_size, len(pairs)) / ranks.world()
+    most = min(cfg.batch_size, len(pairs)) / ranks.world()
+    need = 1.15 * pairs.lengths.mean() * min(most, cfg.micro_batch_size or most)
     row = need / math.ceil(need / cfg.micro_batch_tokens)
     return math.ceil(max(row, pairs.lengths.max()) / TILE) * TILE
 

@@ -1,7 +1,7 @@
 """What a GPU must show, in three commands: python experiments/gpu.py --part correctness|speed|size
 
 Each check runs in a process of its own with a limit of time, and its line of JSON is written at once into
---out (default gpu-PART.jsonl); a table in Markdown ends the run. A part is to take less than nine minutes.
+--out (default gpu-PART.jsonl); a table in Markdown ends the run. --only runs some of a part's checks.
 Exit status 1 where a goal is not met or a check fails. --dry-run: the same checks on tiny sizes, on the CPU,
 where speed and size have no goals.
 
@@ -185,7 +185,8 @@ def segmented(pairs):
 
 
 def one_step(o, loss, pairs, device, dtype, compile=False, pack=None, **cut):
-    """Losses of the pairs, and the gradient of their mean, of a policy some way from its reference."""
+    """The gradient of the mean loss and the log-ratios of the chosen responses, of a policy some way from its
+    reference."""
     s = throughput.SIZES["tiny" if o.dry_run else "4x256"]
     config = GPTConfig(97 if o.dry_run else 50257, 2048, *s)
     knobs = {"beta": 0.1, "lam": 50.0, "alpha": 0.5}

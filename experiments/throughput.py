@@ -504,8 +504,8 @@ def profile(o):
 
     pairs, clock = make_pairs(o), time.perf_counter()
     for number in range(20):
-        for micro in data.micro_batches(pairs, batch_index(o, number), 4):  # about what 2048 tokens hold
-            data.collate([pairs[i] for i in micro], multiple=64)
+        for _ in train.batches(pairs, batch_index(o, number), config_of(o)):
+            pass
     prepared = 20 * o.pairs / (time.perf_counter() - clock)
     trunk = o.pairs / (parts["trunk forward"] + parts["trunk backward"])
     say(o, f"data: one core prepares {prepared:.0f} pairs/s, {prepared / trunk:.0f} x what the trunk takes "

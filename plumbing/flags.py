@@ -296,7 +296,8 @@ def packs(cfg):
                "16 channels a head": cfg.n_embd < 16 * cfg.n_head}
     missing = [need for need, is_missing in wanting.items() if is_missing]
     if cfg.pack and missing:
-        raise ConfigError(f"--pack: FlexAttention on cuda needs {' and '.join(missing)}; leave --pack out")
+        raise ConfigError(f"--pack: FlexAttention on cuda needs {' and '.join(missing)}; --no-pack does "
+                          "without it")
     return not missing if cfg.pack is None else cfg.pack
 
 

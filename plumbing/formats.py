@@ -45,9 +45,12 @@ def list_files(paths, notes=None):
             files.append(path)
             continue
         inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path))]
-        found = [p for p in inside if ending(p) in ENDINGS]
-        check_splits(path, found)
+        runs = {p.parent for p in inside if p.name == "run.json"}  # of train.py, with a log.jsonl
+        inside = [p for p in inside if not runs & set(p.parents)]
+        found = [p for p in inside if ending(p) in ENDINGS
+                 and not p.match("cache-*.arrow")]  # which datasets' map leaves
         described = [p for p in inside if ending(p) == ".json"]
+        check_splits(path, found or described)
         if not found and not described:
             raise DataError(f"{path}: a folder without .jsonl, .json, .csv, .tsv, .parquet or .arrow files")
         if found and described and notes is not None:
@@ -64,13 +67,14 @@ def is_hidden(path):
 
 def check_splits(folder, files):
     """Refuse a folder of training and other data, as the names have it: all would be read as one."""
-    words = {p: set(re.findall("[a-z]+", p.name.lower())) for p in files}
-    train = [p for p in files if "train" in words[p]]
-    other = [p for p in files
-             if words[p] & {"test", "val", "valid", "validation", "dev", "eval", "heldout"}]
+    names = [str(p.relative_to(folder)) for p in files]
+    words = {name: set(re.findall("[a-z]+", name.lower())) for name in names}
+    train = [name for name in names if words[name] & {"train", "training"}]
+    other = [name for name in names if name not in train and words[name] & {
+        "test", "testing", "val", "valid", "validation", "dev", "eval", "heldout", "held", "holdout"}]
     if train and other:
-        raise DataError(f"{folder}: holds training and other data, {train[0].name} and {other[0].name}; name "
-                        "the files, the ones with --data, the others with --val_data")
+        raise DataError(f"{folder}: holds training and other data, {train[0]} and {other[0]}; name the "
+                        "files, the ones with --data, the others with --val_data")
 
 
 def read_records(path):
@@ -135,7 +139,11 @@ def read_csv(path, content, kind):
     csv.field_size_limit(2**31 - 1)
     try:
         text = io.StringIO(content.decode("utf-8-sig"), newline="")
-        for row in csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ","):
+        reader = csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
+        header = reader.fieldnames or []
+        if len(set(header)) < len(header):
+            raise DataError(f'{path}: the column "{Counter(header).most_common(1)[0][0]}" twice')
+        for row in reader:
             long = None in row
             yield DataError("more cells than the header") if long else \
                 {key: cell for key, cell in row.items() if cell is not None}
@@ -156,7 +164,7 @@ def read_arrow(path, content, kind):
         if kind == ".parquet":
             return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
         return pyarrow.ipc.open_stream(content).read_all().to_pylist()
-    except (OSError, pyarrow.ArrowException) as e:
+    except (OSError, OverflowError, pyarrow.ArrowException) as e:  # a date beyond Python's years overflows
         raise DataError(f"{path}: not a {kind} file ({str(e).splitlines()[0]})") from None
 
 
@@ -199,6 +207,8 @@ def parse_record(record, alone=False):
         raise record
     if not isinstance(record, dict):
         raise DataError(f"expected an object, found {type(record).__name__}")
+    if alone and record.get("chosen") is not None and record.get("rejected") is None:
+        record = record | {"rejected": record["chosen"]}  # what SFT does not read may be missing
     there = {key for key, x in record.items() if x is not None or key in ("chosen", "rejected")}
     for name, form in FORMS.items():
         if there.issuperset(form.keys) and form.fits(record):
@@ -394,7 +404,9 @@ def parse_chat(r, prompt="prompt", chosen="chosen", rejected="rejected"):
     for key, side in zip((chosen, rejected), sides, strict=True):
         if side and side[0][0] != "assistant":
             raise DataError(f'"{key}": the response must start with an assistant turn, found {side[0][0]}')
-    if shared and shared[-1][0] == "assistant":
+    if not shared:
+        raise DataError(f'no turn stands before the responses: "{prompt}" is missing or holds none')
+    if shared[-1][0] == "assistant":
         raise DataError("the prompt ends in an assistant turn; the responses must be the next one")
     text, *sides = ("".join(TURN[role] + text for role, text in turns) for turns in (shared, *sides))
     return text + ASSISTANT, *([(side.removeprefix(ASSISTANT), None)] for side in sides)

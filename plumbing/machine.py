@@ -20,6 +20,7 @@ import platform
 import shutil
 import sys
 import sysconfig
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -77,12 +78,16 @@ def compiled(function):
     return torch.compile(function, dynamic=True)
 
 
-@functools.lru_cache(maxsize=8)
+with_compiled_blocks = weakref.WeakSet()  # weak: a model that nobody needs any more is not kept
+
+
 def compile_blocks(model, dynamic):
     """torch.compile of a model's blocks, in place and once: they share a graph, so depth costs no time."""
-    torch._dynamo.config.recompile_limit = 32
-    for block in model.h:
-        block.compile(dynamic=dynamic)
+    if model not in with_compiled_blocks:
+        with_compiled_blocks.add(model)
+        torch._dynamo.config.recompile_limit = 32
+        for block in model.h:
+            block.compile(dynamic=dynamic)
 
 
 def eager():

@@ -226,6 +226,8 @@ def one_line_errors(program):
     """What goes wrong becomes one line and an exit status: 2 for bad input, 1 for a run that cannot go on."""
     if sys.stderr is None:  # under pythonw, or after 2>&-, where a progress bar would be an error
         sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -240,13 +242,13 @@ def one_line_errors(program):
         sys.exit(0)
     except OSError as e:  # of standard output, or of a disk that fails while it is read
         sys.exit(f"{program}: {e}; what was saved before is intact")
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        sys.exit(f"{program}: out of memory ({str(e).split('.')[0]}); a smaller --head_tokens or "
-                 "--micro_batch_tokens needs less, and changes no result")
-    except RuntimeError as e:
-        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.exit(f"{program}: torch.compile failed ({str(e).splitlines()[0]:.160}); --no-compile does "
-                     "without it")
+    except Exception as e:
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e):
+            sys.exit(f"{program}: out of memory ({str(e).splitlines()[0] if str(e) else 'no room':.160}); a "
+                     "smaller --head_tokens or --micro_batch_tokens needs less, and changes no result")
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+            sys.exit(f"{program}: torch.compile failed ({str(e).splitlines()[0]:.160}); --no-pack may do, "
+                     "--no-pack --no-compile does without it")
         if not ranks.is_lost(e):
             raise
         ranks.yield_to_main()

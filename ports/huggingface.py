@@ -41,6 +41,7 @@ class Policy(torch.nn.Module):
     def __init__(self, model, shared=True, adapters=True, saved_as=torch.float32):
         super().__init__()
         self.model, self.shared, self.saved_as = model, shared, saved_as
+        self.h = [self]  # what machine.compile_blocks compiles: all of it
         self.wte = model.get_input_embeddings()
         self.context = nullcontext if adapters else model.disable_adapter
         self.config = SimpleNamespace(vocab_size=self.wte.num_embeddings, n_embd=self.wte.embedding_dim)

@@ -173,7 +173,7 @@ def test_a_pair_of_a_packed_row_sees_what_it_sees_in_a_row_of_its_own():
 
 @pytest.mark.parametrize("multiple", [data.TILE, 10 * data.TILE])  # without and with tiles of padding alone
 @pytest.mark.parametrize("branched", [True, False])
-def test_the_tiles_of_a_packed_row_are_exactly_those_of_its_mask(multiple, branched):
+def test_the_tiles_of_a_packed_row_hold_its_mask_and_little_else(multiple, branched):
     g = np.random.default_rng(0)
     pairs = [make_pair([1] * p, [2] * c, [3] * r) for p, c, r in g.integers(1, 150, (5, 3))]
     if not branched:
@@ -432,6 +432,14 @@ def test_micro_batches_hold_the_same_pairs_longest_first():
         assert all(n <= tokens or len(m) == 1 for n, m in zip(padded, micro, strict=True))
         for m, n, following in zip(micro, padded, micro[1:], strict=False):  # and takes all that fit
             assert len(m) == 6 or n + pairs.lengths[m].max() > tokens, (m, following)
+    tiles = data.micro_batches(pairs, index, tokens=256, multiple=128)  # as collate will pad them
+    assert [len(m) for m in tiles] == 15 * [2] + [1]
+    for tokens in (pairs.lengths[flat[:3]].sum(), 250):  # packed, the lengths themselves are summed
+        micro = data.micro_batches(pairs, index, tokens=tokens, packed=True)
+        sums = [pairs.lengths[m].sum() for m in micro]
+        assert np.concatenate(micro).tolist() == flat.tolist() and max(sums) <= tokens
+        for n, following in zip(sums, micro[1:], strict=False):
+            assert n + pairs.lengths[following[0]] > tokens
 
 
 # ---------------------------------------------------------------------------------------------------------

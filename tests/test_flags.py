@@ -395,8 +395,13 @@ def test_an_alarm_is_said_and_logged_once(model_a, tmp_path, capsys):  # noqa: F
 
 def test_what_goes_wrong_in_the_compiler_or_in_memory_is_one_line(monkeypatch):
     from torch._inductor.exc import CppCompileError
-    for error, words in ((CppCompileError(["g++", "x.cpp"], "Python.h: missing"), "torch.compile failed"),
-                         (MemoryError("no room"), "out of memory"), (OSError(5, "I/O error"), "intact")):
+    TritonError = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
+    allocator = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    for error, words in (
+            (TritonError("out of resource: shared memory"), "shared memory.*--no-pack may do"),
+            (CppCompileError(["g++", "x.cpp"], "Python.h: missing"), "torch.compile failed"),
+            (MemoryError(), "out of memory"), (RuntimeError(allocator), "out of memory"),
+            (OSError(5, "I/O error"), "intact")):
         def fails(*_, error=error):
             raise error
         monkeypatch.setattr(flags, "resolve", fails)

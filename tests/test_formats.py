@@ -146,6 +146,12 @@ def test_doctor_and_two_steps_of_training_take_every_form(tmp_path, form, model_
     assert "5 are left to train on" in capsys.readouterr().out
 
 
+def test_for_sft_a_rejected_response_may_be_missing(tmp_path):
+    for record in ({"prompt": "Q", "chosen": "A"}, {"prompt": "Q", "chosen": "A", "rejected": None}):
+        assert load_one(tmp_path, record, alone=True)[0] == load_one(
+            tmp_path, record | {"rejected": "B"}, alone=True)[0]
+
+
 @pytest.mark.parametrize("form", [name for name, form in formats.FORMS.items() if form.alone])
 def test_one_response_is_refused_for_a_preference_loss_with_the_reason(tmp_path, form):
     record = EXAMPLES[form][0] | {"helpfulness": 3}  # a row of ratings is no pair either

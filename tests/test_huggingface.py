@@ -18,6 +18,7 @@ import train  # noqa: E402
 from data import DataError, Pair, Tokenizer, collate, pack  # noqa: E402
 from losses import LOSSES, knobs_of, terms_of, token_kl  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from plumbing import machine  # noqa: E402
 from plumbing.errors import ConfigError  # noqa: E402
 from plumbing.flags import DEFAULTS  # noqa: E402
 from plumbing.reference import Reference, no_reference  # noqa: E402
@@ -238,6 +239,19 @@ def test_gpt2_gives_the_numbers_of_train_py(folder, tmp_path, loss):
         for name, x in ours.items():
             if "loss" in name or "log" in name or name == "grad_norm" or "kl/" in name:
                 assert port[name] == pytest.approx(x, rel=1e-8, abs=1e-9), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(machine.cannot_compile() is not None, reason="torch.compile needs g++ and Python.h")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of the compiler
+def test_a_compiled_run_has_the_numbers_of_an_eager_one(folder, tmp_path):
+    logs = []
+    for out, switch in (("eager", "--no-compile"), ("compiled", "--compile")):
+        run(huggingface.main, "--init", folder, "--loss", "dpo", "--data", eight(tmp_path), "--val_data",
+            eight(tmp_path), "--out_dir", tmp_path / out, "--steps", 2, "--batch_size", 6, "--lr", 1e-3,
+            "--log_every", 1, "--eval_every", 0, "--dtype", "float64", switch)
+        logs.append([r["loss"] for r in log_of(tmp_path / out) if "loss" in r])
+    assert len(logs[0]) == 2 and logs[0] == pytest.approx(logs[1], rel=1e-8)
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "sft"])

@@ -56,6 +56,11 @@ def ranking(scores):
      ["Q", "\0" + EOT, "b\0" + EOT]),
     ("asi-1938", "twice.jsonl", FINE.replace('"rejected"', '"chosen": "other", "rejected"'),
      'twice.jsonl:1: not JSON (the key "chosen" twice)'),
+    ("asi-1938 in a table", "twice.csv", "prompt,chosen,rejected,chosen\nQ,a,b,c\n",
+     'the column "chosen" twice'),
+    ("a question beside messages", "lost.jsonl", json.dumps({"question": "Q"} | {
+        side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}),
+     "no turn stands before the responses"),
     ("Soup-547", "nan.jsonl", ranking("NaN, 1"), '"scores[0]" must be a number'),
     ("Soup-547 infinity", "inf.jsonl", ranking("1, 1e999"), '"scores[1]" must be a number'),
     ("Soup-547 digits", "digits.jsonl", ranking("1" + 5000 * "0" + ", 1"), "not JSON"),
@@ -87,13 +92,22 @@ def test_hidden_files_of_a_folder_are_no_data(tmp_path):
     assert formats.list_files([tmp_path / "._a.jsonl"])  # asked for by its name
 
 
+def test_a_run_and_what_datasets_keeps_in_a_folder_of_data_are_no_data(tmp_path):
+    """A run's log.jsonl, the cache of datasets' map; a name with the words of both splits is none."""
+    for name in ("train-test-split.jsonl", "run/log.jsonl", "run/run.json", "cache-1a2b.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(FINE)
+    assert formats.list_files([tmp_path]) == [tmp_path / "train-test-split.jsonl"]
+
+
 @pytest.mark.parametrize("names", [
     ("train.jsonl", "test.jsonl"), ("train_prefs.jsonl.gz", "test_prefs.jsonl.gz"),
-    ("b/train-0000.jsonl", "b/validation-0000.jsonl")])
+    ("b/train-0000.jsonl", "b/validation-0000.jsonl"), ("b/train/0.jsonl", "b/test/0.jsonl"),
+    ("train.json", "test.json"), ("training.jsonl", "held_out.jsonl")])
 def test_a_folder_of_training_and_test_data_is_not_trained_on_as_one(names, tmp_path):
     """OpenRLHF-367, marin-2381: both became training data."""
-    (tmp_path / "b").mkdir()
     for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(FINE)
     with pytest.raises(data.DataError, match=f"{Path(names[0]).name}.*{Path(names[1]).name}.*--val_data"):
         formats.list_files([tmp_path])

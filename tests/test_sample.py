@@ -1,8 +1,10 @@
 """sample.py: what it prints, and that the heat is the implicit reward. Bad input is test_bad_input.py's."""
 
+import copy
 import io
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ import sample
 import train
 from model import GPT, GPTConfig
 from plumbing import report
+from plumbing.folder import weights_hash
 
 
 @pytest.fixture
@@ -112,6 +115,24 @@ def test_what_is_no_prompt_is_named(run, name, text, says, tmp_path, capsys, mon
         sample.main([str(run), "--prompts", name])
     err = capsys.readouterr().err
     assert e.value.code == 2 and f"--prompts {says}" in err and err.count("\n") == 1, err
+
+
+def test_another_model_in_the_place_of_the_reference_is_refused(run, capsys):
+    words = [str(run), "--prompt", "Hi:", "--max_new_tokens", "4"]
+    record = json.loads((run / "run.json").read_text())
+    reference = GPT.from_pretrained(str(run.parent / "ref"))
+    for dtype, model in (("float32", reference), ("float64", copy.deepcopy(reference).double())):
+        record["config"]["dtype"], record["identity"]["ref"] = dtype, weights_hash(model)
+        (run / "run.json").write_text(json.dumps(record))
+        sample.main(words)
+    (run / "model.safetensors").replace(run.parent / "ref" / "model.safetensors")
+    with pytest.raises(SystemExit):
+        sample.main(words)
+    assert "this run has not finished; train.py --resume" in capsys.readouterr().err
+    shutil.copy(run.parent / "ref" / "model.safetensors", run)
+    with pytest.raises(SystemExit):
+        sample.main(words)
+    assert "is no longer the reference of this run; name the right one with --ref" in capsys.readouterr().err
 
 
 def test_every_prompt_is_answered_and_chat_renders_a_human_turn(run, tmp_path, capsys):

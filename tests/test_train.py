@@ -6,12 +6,14 @@ logits, one softmax; it shares with train.py only losses.py's equations (test_lo
 """
 
 import copy
+import gc
 import json
 import math
 import os
 import random
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -534,6 +536,31 @@ def test_a_compiled_run_gives_the_numbers_of_an_eager_one_to_rounding(model_a, m
     for e, c in zip(eager[3], compiled[3], strict=True):
         assert (c["loss"], c["grad_norm"]) == pytest.approx((e["loss"], e["grad_norm"]), rel=1e-4)
     assert list(weights(compiled[1])) == list(weights(eager[1]))
+
+
+@pytest.mark.parametrize("world, changes, longest, length", [
+    (1, {}, 100, 1920), (2, {}, 100, 1920),  # 1.15 x 64 x 100 tokens in four rows of at most 2048, or in two
+    (1, {"micro_batch_tokens": 10**6}, 100, 7424),  # in one
+    (1, {"micro_batch_size": 2}, 100, 256), (2, {"batch_size": 3}, 100, 256),
+    (1, {"batch_size": 10**6}, 100, 2048),
+    (1, {"micro_batch_size": 2}, 3000, 3072)])  # the longest pair has room
+def test_a_packed_row_is_as_long_as_a_step_needs(monkeypatch, world, changes, longest, length):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    one = np.zeros(1, np.int32)
+    pairs = data.pack(data.Pair(np.zeros(n - 2, np.int32), one, one, one, one, *np.zeros((2, 1, 0)))
+                      for n in [100] * 999 + [longest])
+    cfg = Config(**{"micro_batch_tokens": 2048, "batch_size": 64} | changes)
+    assert train.row_length(pairs, cfg) == length
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_a_model_with_compiled_blocks_is_let_go():
+    model = GPT(GPTConfig(9, 8, 1, 1, 4))
+    machine.compile_blocks(model, dynamic=True)
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("loss", ["sft", "tdpo2"])

@@ -316,6 +316,7 @@ def segment_lines(paths):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"doctor: {message}\n")
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet files, or folders")
     add("--tokenizer", default="gpt2", help="gpt2, bytes, FILE.tiktoken or FOLDER (default: gpt2)")
@@ -349,8 +350,13 @@ def main(arguments=None):
     except BrokenPipeError:  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:  # of standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"doctor: {e}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.exit(main())
