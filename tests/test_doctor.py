@@ -234,6 +234,13 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(diagnose, records, option
     assert status == 2 and error.startswith(f"doctor: {message}") and len(error.splitlines()) == 1
 
 
+def test_a_bad_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["file.jsonl", "--nope"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "doctor: unrecognized arguments: --nope\n"
+
+
 def test_plot_draws_a_png(diagnose, tmp_path):
     _, report, _ = diagnose(pair(), pair("R", "longer", "x"), options=["--plot", str(tmp_path / "p.png")])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and "histograms:" in report
