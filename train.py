@@ -144,7 +144,7 @@ def step(policy, reference, batch, loss, scale, cfg):
 
     Args: policy, the GPT that learns; reference, a plumbing.reference.Reference; batch, a data.Batch; loss,
     a function of losses.py; scale, or None: numbers only, no gradient; cfg, a Config.
-    Returns {name: (B,)}: loss, the terms of losses.py by name (segments summed), the pairs' numbers, tokens.
+    Returns {name: (B,)}: loss, the terms of losses.py by name (segments summed), the pairs' numbers.
     """
     hidden = hidden_states(policy, batch, cfg)                          # (N, C)
     with_kl = scale is None or "chosen_seq_kl" in terms_of(loss)        # numbers always include the KL
@@ -248,7 +248,7 @@ def check_start(policy, reference, pairs, cfg):
             return loss(**terms)
         return at_reference
 
-    some = np.arange(min(len(pairs), 16 * ranks.world()))
+    some = np.arange(min(len(pairs), 16 * ranks.world()))  # a few pairs a rank tell
     nats = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]  # a log-ratio may be off by
     means = []
     for variant in (loss, moved(0), moved(nats)):

@@ -255,8 +255,9 @@ def test_with_scores_the_terms_are_sums_over_the_segments_with_rewards_and_masks
     assert terms["chosen_rewards"].dtype == torch.float64  # a run in float64 has its rewards in float64
 
 
-def test_aspect_weights_weigh_the_scores():
-    terms = pair_terms(collate(TWO_PAIRS), slice(0, 2), LOGPS, None, None, aspect_weights=(0.25, 0.75))
+@pytest.mark.parametrize("weights", [(0.25, 0.75), torch.tensor([0.25, 0.75]), np.array([0.25, 0.75])])
+def test_aspect_weights_weigh_the_scores(weights):
+    terms = pair_terms(collate(TWO_PAIRS), slice(0, 2), LOGPS, None, None, aspect_weights=weights)
     assert terms["chosen_rewards"].tolist() == [[0.25 * 2 + 0.75 * 8, 0.25 * 4 + 0.75 * 6], [5, 0]]
     assert terms["rejected_rewards"].tolist() == [[0.25 * 1 + 0.75 * 3, 0], [9, 7]]
 
