@@ -461,7 +461,7 @@ def pair_terms(batch, pairs, logps, ref_logps, kl, aspect_weights=None):
     if A:
         scores = batch.scores[pairs].to(logps.dtype)  # (B, 2, S, A)
         weights = [1 / A] * A if aspect_weights is None else aspect_weights
-        weights = torch.stack([scores.new_full((), float(w)) for w in weights])  # filled there: no copy to a GPU
+        weights = torch.stack([scores.new_full((), float(w)) for w in weights])  # filled there, not copied
         rewards = segment_rewards(scores, weights)  # (B, 2, S)
         terms["chosen_rewards"], terms["rejected_rewards"] = rewards.unbind(1)
         terms["chosen_mask"], terms["rejected_mask"] = batch.segment_mask[pairs].unbind(1)
