@@ -24,12 +24,12 @@ from plumbing import pairs  # noqa: E402
 from plumbing.errors import DataError  # noqa: E402
 from tools import records  # noqa: E402
 
-# A key has no meaning if its words are all among these two sets, and one at least in the first.
+# A key has no meaning if all its words are in these two sets, and one at least in the first.
 NO_MEANING = set("""id ids uid uuid idx index source sources dataset datasets subset split origin category
-    domain language lang license url link timestamp date datetime created updated annotator worker model models
-    generator hash sha md length lengths len token tokens metadata meta version""".split())
+    domain language lang license url link timestamp date datetime created updated annotator model models
+    generator worker hash sha md length lengths len token tokens metadata meta version""".split())
 SIDES = set("""chosen rejected prompt response responses completion answer question conversation conv message
-    post human ref a b c root n num number total count name user labelling original data at utc by of""".split())
+    post human ref a b c root n num number total count name user labelling original data at utc by""".split())
 LONGEST = 200  # characters; a longer text under a key without meaning is refused all the same
 SWITCHES = ("weight", "loss", "train", "trainable", "loss_weight")  # of a record or answer: to be trained on?
 SCORE, OF_SCORE = {"score", "scores", "rating", "reward"}, {"avg", "average", "mean", "overall", "model"}
@@ -43,7 +43,7 @@ TEXT, TURNS = "the prompt as it stands", "the prompt as messages"
 
 
 class Unclear(DataError):
-    """A record that does not say which response is better, or contradicts itself."""
+    """A record that prefers no answer, or contradicts itself."""
 
 
 class BadLabel(DataError):
@@ -53,40 +53,27 @@ class BadLabel(DataError):
 class Turn(NamedTuple):
     role: str
     text: str
-    off: str = ""  # the key that says not to train on it
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Which answers a record has
+    message: dict  # as it was
 
 
 @dataclass(frozen=True)
 class Answers:
     """A way to give one answer, or two of which one is better."""
     name: str
-    keys: tuple  # that a record must have
-    pick: Callable  # record -> [(place, value)], chosen first
+    keys: str  # that a record must have
+    pick: Callable | None = None  # record -> [(place, value)], chosen first; None: the values of the keys
     fits: Callable = lambda record: True
     text: bool = False  # a text under "prompt" stands as it is
     last: bool = False  # the chosen answer is the last turn of the conversation
-    beside: tuple = ()  # keys that such data have and that decide nothing
 
 
-def plain(name, keys, **more):
-    keys = tuple(keys.split())
-    return Answers(name, keys, lambda r: [(key, r[key]) for key in keys], **more)
-
-
-def comparison(name, first, second, by, low, high, sign, scores="", beside=""):
-    """sign(the value of `by`) > 0 chooses the first answer. scores: keys of their own scores."""
+def comparison(name, first, second, by, low, high, sign):
+    """sign(the value of `by`) > 0 chooses the first answer, < 0 the second."""
     def pick(r):
-        x = sign(number(r[by], by, low, high))
-        own = [key for key in scores.split() if full(r.get(key))]
-        gap = number(r[own[0]], own[0]) - number(r[own[1]], own[1]) if len(own) == 2 else x
-        if x == 0 or x * gap <= 0:
-            raise Unclear(f'"{by}" prefers neither answer' if x == 0 else f'"{by}" and {scores} disagree')
+        if (x := sign(number(r[by], by, low, high))) == 0:
+            raise Unclear(f'a "{by}" that prefers neither answer')
         return [(key, r[key]) for key in ((first, second) if x > 0 else (second, first))]
-    return Answers(name, (first, second, by), pick, beside=(*scores.split(), *beside.split()))
+    return Answers(name, f"{first} {second} {by}", pick)
 
 
 def best_and_worst(r):
@@ -94,43 +81,29 @@ def best_and_worst(r):
     if not (isinstance(responses, list) and isinstance(scores, list) and len(responses) == len(scores) > 1):
         raise DataError('"responses" and "scores" must be lists of one length, 2 at least')
     scores = [number(score, f"scores[{i}]") for i, score in enumerate(scores)]
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    if best == worst:
-        raise Unclear('"scores" are all equal')
-    return [(f"responses[{i}]", responses[i]) for i in (best, worst)]
-
-
-def two_outputs(r):
-    if len(r["output"]) != 2:
-        raise DataError(f'"output" must be one response, or two, chosen first; found {len(r["output"])}')
-    return [(f"output[{i}]", r["output"][i]) for i in (0, 1)]
+    if min(scores) == max(scores):
+        raise Unclear('"scores" that are all equal')
+    return [(f"responses[{i}]", responses[i]) for i in map(scores.index, (max(scores), min(scores)))]
 
 
 KINDS = (
-    plain("pairs", "chosen rejected", text=True),
-    Answers("conversations and a rejected answer", ("rejected_response",),
-            lambda r: [("rejected_response", r["rejected_response"])], last=True),
-    plain("OpenAI preferences", "preferred_output non_preferred_output"),
-    comparison("SHP", "human_ref_A", "human_ref_B", "labels", 0, 1, lambda x: x - 0.5, "score_A score_B",
-               "upvote_ratio seconds_difference score_ratio"),
-    comparison("SafeRLHF", "response_0", "response_1", "better_response_id", 0, 1, lambda x: 0.5 - x, "",
-               "is_response_0_safe is_response_1_safe response_0_harm_category response_1_harm_category "
-               "response_0_severity_level response_1_severity_level"),
-    comparison("AlpacaEval", "output_1", "output_2", "preference", 0, 2, lambda x: x and 1.5 - x, "",
-               "raw_completion time_per_example price_per_example"),
-    comparison("HelpSteer2", "response_1", "response_2", "preference_strength", -3, 3, lambda x: -x, "",
-               "preference_statement preference_elaboration three_most_similar_preferences "
-               "all_preferences_unprocessed"),
-    comparison("HelpSteer3", "response1", "response2", "overall_preference", -3, 3, lambda x: -x, "",
-               "individual_preference"),
-    Answers("rankings", ("responses", "scores"), best_and_worst),
-    Answers("two outputs", ("output",), two_outputs, lambda r: isinstance(r["output"], list)),
+    Answers("pairs", "chosen rejected", text=True),
+    Answers("conversations and a rejected answer", "rejected_response", last=True),
+    Answers("OpenAI preferences", "preferred_output non_preferred_output"),
+    comparison("SHP", "human_ref_A", "human_ref_B", "labels", 0, 1, lambda x: x - 0.5),
+    comparison("SafeRLHF", "response_0", "response_1", "better_response_id", 0, 1, lambda x: 0.5 - x),
+    comparison("AlpacaEval", "output_1", "output_2", "preference", 0, 2, lambda x: x and 1.5 - x),
+    comparison("HelpSteer2", "response_1", "response_2", "preference_strength", -3, 3, lambda x: -x),
+    comparison("HelpSteer3", "response1", "response2", "overall_preference", -3, 3, lambda x: -x),
+    Answers("rankings", "responses scores", best_and_worst),
+    Answers("two outputs", "output", lambda r: [(f"output[{i}]", r["output"][i]) for i in (0, 1)],
+            fits=lambda r: isinstance(r["output"], list) and len(r["output"]) == 2),
     # one answer, for --loss sft
-    plain("chosen alone", "chosen", text=True),
-    plain("completions", "completion", text=True),
-    plain("responses", "response", text=True),
-    plain("outputs", "output", text=True),
-    Answers("conversations", (), lambda r: [], lambda r: any(full(r.get(key)) for key in CHATS), last=True),
+    Answers("chosen alone", "chosen", text=True),
+    Answers("completions", "completion", text=True),
+    Answers("responses", "response", text=True),
+    Answers("outputs", "output", text=True),
+    Answers("conversations", "", fits=lambda r: any(full(r.get(key)) for key in CHATS), last=True),
 )
 
 
@@ -172,10 +145,6 @@ def has_no_meaning(key, value):
     return not (isinstance(value, str) and len(value) > LONGEST)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A record
-
-
 class Converter:
     """Converts records, one after the other, and counts what it left out."""
 
@@ -183,34 +152,32 @@ class Converter:
         self.keys, self.drop, self.label, self.turns = dict(keys), set(drop), label, turns
         self.met, self.unread = set(), []  # names of --keys and --drop that were met; keys of this record
         self.forms, self.left_out, self.copies = Counter(), Counter(), Counter()
-        self.later = 0  # answers of transcripts that hold further turns
 
     def convert(self, record):
         """A record of any form -> one of the one format. Unclear, BadLabel or another DataError."""
-        if isinstance(record, DataError):
-            raise record
         if not isinstance(record, dict):
-            raise DataError(f"a record must be an object, found {type(record).__name__}")
-        given_id = record.get("id") if type(record.get("id")) in (str, int) else None
+            raise record if isinstance(record, DataError) else DataError(
+                f"a record must be an object, found {type(record).__name__}")
+        given = {"id": record["id"]} if type(record.get("id")) in (str, int) else {}
         r, self.unread = self.cleaned(self.renamed(record)), []
         kind = self.kind_of(r)
-        known = {*kind.keys, *kind.beside}
+        known = set(kind.keys.split())
         out, rule = self.pair_of(r, kind, known)
-        self.check_switches(r, known)
         alone = "rejected" not in out
-        if self.label:
-            self.check_label(r, known, alone)
-        if not alone:
-            self.check_scores(r, known)
+        if self.label and not (alone and truth(r.get(self.label))):
+            wrong = not alone or truth(r.get(self.label)) is None
+            raise DataError(f'--label {self.label}: needs one response and a "{self.label}", true or false') \
+                if wrong else BadLabel(f'a false "{self.label}"')
+        self.check_off(r, "the record")
+        self.check_scores(r, known)
         self.check_copies(r, known, out)
-        self.rest(r, known, "")
+        self.rest(r, {*known, *SWITCHES, self.label}, "")
         self.check_unread(alone)
         if self.turns and isinstance(out["prompt"], str):
             out, rule = as_turns(out), TURNS
-        out = out if given_id is None else {"id": given_id} | out
-        pairs.check(out, alone)
+        pairs.check(given | out, alone)
         self.forms[kind.name, rule] += 1
-        return out
+        return given | out
 
     def renamed(self, record):
         """The record with its keys dropped and named as --drop and --keys say."""
@@ -241,10 +208,11 @@ class Converter:
     def kind_of(self, r):
         there = {key for key, value in r.items() if value is not None}
         for kind in KINDS:
-            if there.issuperset(kind.keys) and kind.fits(r):
+            if there.issuperset(kind.keys.split()) and kind.fits(r):
                 return kind
-        near = min(KINDS[:-1], key=lambda kind: sum(key not in there for key in kind.keys) / len(kind.keys))
-        raise no_form(there, near.name, [key for key in near.keys if key not in there])
+        lacks = [(kind, [key for key in kind.keys.split() if key not in there]) for kind in KINDS[:-1]]
+        near, missing = min(lacks, key=lambda pair: len(pair[1]) / len(pair[0].keys.split()))
+        raise no_form(there, near.name, missing)
 
     def rest(self, x, known, place):
         """Note the keys of an object that hold something and are not known."""
@@ -257,25 +225,15 @@ class Converter:
         for _, key, value in self.unread if alone else ():
             if truth(value) is not None and (type(value) is not int or words_of(key) & {"label", "kto"}):
                 raise DataError(f'one completion with a label, "{key}" (KTO), is no pair of a chosen and a '
-                                f"rejected response; for --loss sft, --label {key} keeps those with a true one")
-        names = ", ".join(json.dumps(path) for path, *_ in self.unread[:5]) + ", ..." * (len(self.unread) > 5)
+                                f"rejected response; --label {key} keeps the true ones, for --loss sft")
+        names = ", ".join(json.dumps(path) for path, *_ in self.unread)
         drop = shlex.join(dict.fromkeys(str(key) for _, key, _ in self.unread))
         raise DataError(f"perhaps part of what is meant, and not read: {names}; without it: --drop {drop}")
 
-    def check_label(self, r, known, alone):
-        label = truth(r.get(self.label))
-        if label is None or not alone:
-            raise DataError(f'--label {self.label}: needs one response and a "{self.label}", true or false')
-        if not label:
-            raise BadLabel(f'a false "{self.label}"')
-        known.add(self.label)
-
-    def check_switches(self, r, known):
+    def check_off(self, x, place):
         for key in SWITCHES:
-            if full(r.get(key)) and truth(r[key]) is not True:
-                raise DataError(f'"{key}" is {r[key]!r:.20}, so it is not to be trained on as others are; '
-                                f"remove the record, or --drop {key}")
-            known.add(key)
+            if full(x.get(key)) and not truth(x[key]):
+                raise DataError(f'{place}: its "{key}" says not to train on it; to do so: --drop {key}')
 
     def check_scores(self, r, known):
         """The record's own scores must not contradict "chosen"."""
@@ -310,12 +268,9 @@ class Converter:
                 self.copies[key] += again
         self.unread = unread
 
-    # -----------------------------------------------------------------------------------------------------
-    # Prompt and answers
-
     def pair_of(self, r, kind, known):
         """-> ({"prompt", "chosen", "rejected"}, how the prompt is read). What is read is added to known."""
-        sides = kind.pick(r)
+        sides = kind.pick(r) if kind.pick else [(key, r[key]) for key in kind.keys.split()]
         main = next((key for key in PROMPTS if key not in known and full(r.get(key))), None)
         if main is None and kind.text and r.get("prompt") == "":
             main = "prompt"
@@ -327,18 +282,15 @@ class Converter:
             if not head or head[-1].role != "assistant":
                 raise DataError(f'"{main}" must end in an assistant turn, the answer')
             answers.insert(0, (main, [head.pop()]))
-        elif head and head[-1].role == "assistant" and isinstance(last := answers[0][1][-1], Turn) \
-                and is_within(head[-1:], [last]):
-            self.check_off(head.pop(), main)  # the chosen answer, again
-        as_text = all(isinstance(value, str) or not isinstance(answer[0], Turn)
-                      for (_, value), (_, answer) in zip(sides, answers, strict=False))
-        if main == "prompt" and kind.text and as_text and isinstance(r["prompt"], str) and len(head) == 1:
+        elif head and head[-1].role == "assistant" and is_within(head[-1:], answers[0][1][-1:]):
+            self.check_off(head.pop().message, main)  # the chosen answer, again
+        turns, texts = self.joined(head, answers, main)
+        chat = any(turn.message for _, answer in answers for turn in answer if isinstance(turn, Turn))
+        if main == "prompt" and kind.text and not chat and isinstance(r["prompt"], str) and len(turns) == 1:
             prompt, rule = r["prompt"], TEXT
-            texts = [answer[0].text if isinstance(answer[0], Turn) else answer for _, answer in answers]
+        elif isinstance(r.get(main), str) and r[main].rstrip().endswith(ASSISTANT):
+            raise DataError(f'"{main}" is a transcript that ends in "Assistant:", the answers are not')
         else:
-            if isinstance(r.get(main), str) and r[main].rstrip().endswith(ASSISTANT):
-                raise DataError(f'"{main}" is a transcript that ends in "Assistant:", the answers are not')
-            turns, texts = self.joined(head, answers, main)
             prompt, rule = [{"role": turn.role, "content": turn.text} for turn in turns], TURNS
         return {"prompt": prompt} | dict(zip(("chosen", "rejected"), texts, strict=False)), rule
 
@@ -349,28 +301,19 @@ class Converter:
         if not turn:
             raise no_form(r, "pairs", ["prompt"])
         chosen, rejected = (side.removeprefix(head + turn) for side in sides)
-        self.later += any("\n\nHuman:" in side or ASSISTANT in side for side in (chosen, rejected))
-        rule = "transcripts, the prompt is what both share up to its last Assistant turn"
+        rule = "transcripts: the prompt is what both share up to its last Assistant turn, the rest is scored"
         return {"prompt": head + turn, "chosen": chosen, "rejected": rejected}, rule
 
     def head(self, r, main, known):
-        """The turns that stand before the answers, by "system", "history" and the key `main`."""
+        """The turns before the answers: "system", the key `main`, and "input" after "instruction"."""
         turns = []
         if full(r.get("system")):
             turns += self.chat(r["system"], "system", "system")
             known.add("system")
-        if main != "history" and isinstance(r.get("history"), list) and r["history"]:
-            for i, item in enumerate(r["history"]):
-                two = isinstance(item, list) and len(item) == 2
-                for side, text in zip(("user", "assistant"), item if two else [item], strict=False):
-                    turns += self.chat(text, f"history[{i}]", side)
-            known.add("history")
         if main is None:
             return turns
         known.add(main)
         value = r[main]
-        if isinstance(value, str) and main in CHATS:
-            raise DataError(f'"{main}" must be a list of messages, found text')
         if main == "instruction" and isinstance(value, str) and isinstance(r.get("input"), str):
             value = "\n".join(filter(None, (value, r["input"])))
             known.add("input")
@@ -384,18 +327,12 @@ class Converter:
     def answer(self, value, place):
         """A text, messages or segments -> turns, or segments."""
         if not isinstance(value, list) or any(map(is_message, value)):
-            return self.chat(value, place, "assistant") or [Turn("assistant", "")]
-        if value and all(isinstance(x, dict) and "type" in x for x in value):
-            return [Turn("assistant", self.parts(value, place))]
-        segments = []
+            return self.chat(value, place, "assistant")
+        if not value or not all(isinstance(x, dict) and "text" in x and "type" not in x for x in value):
+            return [Turn("assistant", self.parts(value, place), {})]
         for i, x in enumerate(value):
-            if not isinstance(x, dict) or "text" not in x:
-                raise DataError(f'"{place}[{i}]" must be a message, or an object with "text" and "scores"')
             self.rest(x, ("text", "scores"), f"{place}[{i}].")
-            segments.append({key: x[key] for key in ("text", "scores") if x.get(key) is not None})
-        if not segments:
-            raise DataError(f'"{place}" holds nothing')
-        return segments
+        return [{key: x[key] for key in ("text", "scores") if x.get(key) is not None} for x in value]
 
     def chat(self, value, place, role):
         """A text (of this role), a message, a list of them or an object with "messages" -> turns."""
@@ -403,11 +340,12 @@ class Converter:
             self.rest(value, ("messages",), f"{place}.")
             return self.chat(value["messages"], f"{place}.messages", role)
         if isinstance(value, str):
-            return [Turn(role, value)]
+            return [Turn(role, value, {})]
         if not isinstance(value, (list, dict)):
             raise DataError(f'"{place}" must be text or messages, found {type(value).__name__}')
-        messages = value if isinstance(value, list) else [value]
-        return [self.turn(m, f"{place}[{i}]") for i, m in enumerate(messages)]
+        if isinstance(value, dict):
+            return [self.turn(value, place)]
+        return [self.turn(m, f"{place}[{i}]") for i, m in enumerate(value)]
 
     def turn(self, m, place):
         if not is_message(m):
@@ -416,21 +354,15 @@ class Converter:
         text_key = next((key for key in ("content", "value", "text") if key in m), "content")
         role = ROLES.get(m[role_key].lower() if isinstance(m[role_key], str) else None)
         if role is None:
-            raise DataError(f'"{place}" is a turn of {m[role_key]!r:.40}; read are system, user, assistant')
+            raise DataError(f'"{place}" is a turn of {m[role_key]!r:.40}, not of system, user, assistant')
         self.rest(m, (role_key, text_key, *SWITCHES), f"{place}.")
         text = m.get(text_key)
         if isinstance(text, list):
             text = self.parts(text, f"{place}.{text_key}")
         if not isinstance(text, str):
-            self.check_unread()  # a tool call says more than that there is no text
+            self.check_unread()  # where there is no text there may be a tool call
             raise DataError(f'"{place}.{text_key}" must be text, found {type(text).__name__}')
-        off = [key for key in SWITCHES if full(m.get(key)) and not truth(m[key])]
-        return Turn(role, text, *off[:1])
-
-    def check_off(self, turn, place):
-        if turn.off:
-            raise DataError(f'"{place}": its "{turn.off}" says not to train on it; if it may be: '
-                            f"--drop {turn.off}")
+        return Turn(role, text, m)
 
     def parts(self, parts, place):
         """The text of content in parts."""
@@ -448,7 +380,7 @@ class Converter:
 
     def joined(self, head, answers, main):
         """The turns before the answers, and the text or the segments of each answer."""
-        sides = [answer if isinstance(answer[0], Turn) else [] for _, answer in answers]
+        sides = [answer if answer and isinstance(answer[0], Turn) else [] for _, answer in answers]
         keys = [[turn[:2] for turn in side] for side in sides]
         n = len(shared := os.path.commonprefix(keys))
         if n and n == min(map(len, keys)) and shared[-1][0] == "assistant":
@@ -465,7 +397,7 @@ class Converter:
                 raise DataError("two system texts that differ")
         texts = []
         for (place, answer), side in zip(answers, sides, strict=True):
-            if not side:  # segments
+            if not side and answer:  # segments
                 texts.append(answer)
                 continue
             if len(side) == n or side[n].role != "assistant":
@@ -473,7 +405,7 @@ class Converter:
             if len(side) > n + 1:
                 raise DataError(f'"{place}": {len(side) - n} turns after the prompt; an answer is one turn, '
                                 "so that no other speaker's text is scored")
-            self.check_off(side[n], place)
+            self.check_off(side[n].message, place)
             texts.append(side[n].text)
         if not prompt:
             raise no_form(["the answers"], "pairs", ["prompt"])
@@ -488,7 +420,7 @@ def is_message(x):
 
 def is_within(part, turns):
     """Do these turns stand among the others, white space around them aside?"""
-    part, turns = ([(role, text.strip()) for role, text, *_ in x] for x in (part, turns))
+    part, turns = ([(x[0], x[1].strip()) for x in y if isinstance(x, tuple)] for y in (part, turns))
     return any(turns[i:i + len(part)] == part for i in range(len(turns) - len(part) + 1))
 
 
@@ -502,19 +434,14 @@ def as_turns(out):
     """A pair of HH's transcripts with its prompt as messages, where they render to exactly the same text."""
     from data import Tokenizer
     start, *pieces = re.split("\n\n(System|Human|Assistant): ", out["prompt"].removesuffix(ASSISTANT))
-    roles = {"System": "system", "Human": "user", "Assistant": "assistant"}
-    messages = [{"role": roles[name], "content": text}
+    messages = [{"role": ROLES[name.lower()], "content": text}
                 for name, text in zip(pieces[::2], pieces[1::2], strict=True)]
-    sides = {key: out[key] for key in ("chosen", "rejected") if key in out}
+    sides = {key: text for key, text in out.items() if key != "prompt"}
     if start or Tokenizer.render(Tokenizer, messages) != out["prompt"] or not all(
             isinstance(text, str) and re.fullmatch("(?! .*\n\n(Human|Assistant):) .*", text, re.DOTALL)
             for text in sides.values()):
         raise Unclear("turns that do not render to the same text (--turns)")
     return {"prompt": messages} | {key: text[1:] for key, text in sides.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Files
 
 
 def convert_files(paths, out, converter, drop_unclear=False, delimiter=None):
@@ -529,38 +456,35 @@ def convert_files(paths, out, converter, drop_unclear=False, delimiter=None):
                     seen += 1
                     try:
                         made = converter.convert(record)
+                        scored = isinstance(made["chosen"], list) and "scores" in made["chosen"][0]
+                        kinds["sft" if "rejected" not in made else "2d-dpo" if scored else "dpo"] += 1
                         file.write(json.dumps(made, ensure_ascii=False) + "\n")
-                    except (DataError, RecursionError) as e:
-                        what = str(e) if isinstance(e, DataError) else "nested too deeply"
+                    except RecursionError:
+                        malformed.append((path, place, "nested too deeply"))
+                    except DataError as e:
                         if isinstance(e, BadLabel) or (drop_unclear and isinstance(e, Unclear)):
-                            dropped.setdefault(what, []).append(place.lstrip(": "))
-                            continue
-                        more = "; --drop_unclear drops such records" if isinstance(e, Unclear) else ""
-                        malformed.append((path, place, what + more))
-                        continue
-                    scored = isinstance(made["chosen"], list) and "scores" in made["chosen"][0]
-                    kinds["sft" if "rejected" not in made else "2d-dpo" if scored else "dpo"] += 1
+                            dropped.setdefault(str(e), []).append(place.lstrip(": "))
+                        else:
+                            hint = "; --drop_unclear drops such records" * isinstance(e, Unclear)
+                            malformed.append((path, place, f"{e}{hint}"))
                 notes += [f"{path}: {n} {name}, {rule}" for (name, rule), n in converter.forms.items()]
                 notes += [f"{path}: dropped {len(places)} with {why} ({pairs.some(places, '')})"
                           for why, places in dropped.items()]
         if malformed:
-            raise DataError("\n".join([*pairs.listed(malformed), f"nothing is written, for {len(malformed)} of "
-                                       f"{seen} records are refused"]))
+            refused = f"nothing is written, for {len(malformed)} of {seen} records are refused"
+            raise DataError("\n".join([*pairs.listed(malformed), refused]))
         if unmet := {*converter.drop, *converter.keys.values()} - converter.met:
             raise DataError(f"--drop, --keys: no record has the key {', '.join(sorted(unmet))}")
         if not kinds or ("sft" in kinds and len(kinds) > 1):
-            raise DataError("records with one answer and with two: convert them apart" if kinds else
-                            f"{shlex.join(map(str, paths))}: no record is left")
+            raise DataError(f"{shlex.join(map(str, paths))}: " + (
+                "records with one answer and with two; convert them apart" if kinds else "no record is left"))
         os.replace(part, out)
     except OSError as e:
         raise DataError(f"--out {out}: {e.strerror or e}") from None
     finally:
         part.unlink(missing_ok=True)
     for name, counts in (("keys left out", converter.left_out), ("copies left out", +converter.copies)):
-        if counts:
-            notes.append(f"{name}: " + ", ".join(f"{key} ({n})" for key, n in sorted(counts.items())))
-    if converter.later:
-        notes.append(f"{converter.later} pairs have a further turn in an answer, which is part of its text")
+        notes += [f"{name}: " + ", ".join(f"{key} ({counts[key]})" for key in sorted(counts))] * bool(counts)
     loss = next(iter(kinds)) if len(kinds) == 1 else "dpo"
     return [*notes, f"wrote {out}: {kinds.total()} records; to train on it:",
             shlex.join(["python", "train.py", "--loss", loss, "--data", str(out)])]
@@ -581,22 +505,20 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="replace OUT.jsonl")
     options = parser.parse_intermixed_args(argv)
     out, keys = options.out, [word.partition("=")[::2] for word in options.keys]
-    names = {*PROMPTS, "system", *(key for kind in KINDS for key in kind.keys)}
+    names = {*PROMPTS, "system", *(key for kind in KINDS for key in kind.keys.split())}
     try:
         if wrong := [f"{new}={old}" for new, old in keys if new not in names or not old]:
             raise DataError(f"--keys {wrong[0]}: must be NAME=KEY, with a NAME of {', '.join(sorted(names))}")
         paths = [pairs.only_file(path) for path in options.files]
-        if any(out.resolve() == path.resolve() for path in paths):
-            raise DataError(f"--out {out}: is one of the files to convert")
-        if out.suffix.lower() != ".jsonl":
-            raise DataError(f"--out {out}: must end in .jsonl")
-        if out.exists() and not options.overwrite:
-            raise DataError(f"--out {out}: is there already; --overwrite replaces it")
-        if options.delimiter and len(options.delimiter) != 1:
-            raise DataError(f"--delimiter {options.delimiter}: must be one character")
+        same = any(out.resolve() == path.resolve() for path in paths)
+        for wrong, what in ((out.suffix.lower() != ".jsonl", f"--out {out}: must end in .jsonl"),
+                            (same, f"--out {out}: is one of the files to convert"),
+                            (out.exists() and not options.overwrite, f"--out {out}: exists; see --overwrite"),
+                            (len(options.delimiter or ",") != 1, "--delimiter: must be one character")):
+            if wrong:
+                raise DataError(what)
         converter = Converter(keys, options.drop, options.label, options.turns)
-        for line in convert_files(paths, out, converter, options.drop_unclear, options.delimiter):
-            print(line)
+        print("\n".join(convert_files(paths, out, converter, options.drop_unclear, options.delimiter)))
     except (DataError, OSError) as e:
         print(f"convert: {e}", file=sys.stderr)
         return 2

@@ -14,17 +14,12 @@ from plumbing.files import COMPRESSED, read_bytes
 LISTS = ("messages", "conversations", "conversation", "responses", "scores", "history")
 
 
-def ending(path):
-    """.jsonl for a.jsonl, A.JSONL and a.jsonl.gz."""
-    *_, last = ["", *Path(path).suffixes]
-    return (Path(path).with_suffix("").suffix if last.lower() in COMPRESSED else last).lower()
-
-
 def read(path, delimiter=None):
     """Yield (place, record) of a file; what is no JSON object stands there as a DataError."""
-    kind = ending(path)
-    if kind in (".zip", ".zst", ".tar", ".7z"):
-        raise DataError(f"{path}: unpack it first (.gz, .xz and .bz2 are read, {kind} is not)")
+    kinds = [kind for kind in Path(path.name.lower()).suffixes if kind not in COMPRESSED]
+    kind = kinds[-1] if kinds else ""
+    if kind in (".zip", ".zst", ".tar"):
+        raise DataError(f"{path}: unpack it first (.gz, .xz and .bz2 are read)")
     content = read_bytes(path)
     if kind in (".csv", ".tsv"):
         delimiter = delimiter or ("\t" if kind == ".tsv" else ",")
@@ -35,18 +30,14 @@ def read(path, delimiter=None):
         yield from numbered("item", items)
     else:
         for place, line in pairs.lines_of(path, content):
-            yield place, parsed(line)
+            try:
+                yield place, pairs.parse_json(line)
+            except DataError as e:
+                yield place, e
 
 
 def numbered(name, records):
     return ((f": {name} {i}", record) for i, record in enumerate(records, 1))
-
-
-def parsed(line):
-    try:
-        return pairs.parse_json(line)
-    except DataError as e:
-        return e
 
 
 def read_array(path, content, kind):
@@ -77,15 +68,13 @@ def read_csv(path, content, delimiter):
         if twice := [key for key, n in Counter(header).items() if n > 1]:
             raise DataError(f"{path}: the column {json.dumps(twice[0])} twice")
         if len(header) == 1 and (other := [c for c in ";\t|," if c in header[0]]):
-            raise DataError(f"{path}: one column, {json.dumps(header[0])}; if it is separated by {other[0]!r}: "
+            raise DataError(f"{path}: has one column, {json.dumps(header[0])}; if that is several: "
                             f"--delimiter {other[0]!r}")
         for row in reader:
             yield DataError("more cells than the header") if None in row else \
                 {key: cell for key, cell in row.items() if cell is not None}
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8") from None
-    except csv.Error as e:
-        raise DataError(f"{path}: not a table ({e})") from None
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise DataError(f"{path}: not a table in UTF-8 ({e})") from None
 
 
 def read_arrow(path, content, kind):
@@ -125,13 +114,9 @@ def unfold(rows):
 
 
 def asked_for(key, value):
-    """Messages, segments, two outputs, or a list under a key that needs one."""
-    if not isinstance(value, list) or key in LISTS:
-        return key in LISTS or is_object(value)
-    two = key == "output" and len(value) == 2 and all(isinstance(x, str) for x in value)
-    return two or (bool(value) and all(map(is_object, value)))
-
-
-def is_object(x):
-    """A message, an object with messages, or a segment."""
-    return isinstance(x, dict) and bool({"role", "from", "messages"} & x.keys() or {"text", "scores"} == x.keys())
+    """Messages, an object with messages, segments, two outputs, or what stands under a key of LISTS."""
+    if key in LISTS or (key == "output" and isinstance(value, list)):
+        return key in LISTS or len(value) == 2
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(x, dict) and bool(
+        {"role", "from", "messages"} & x.keys() or x.keys() == {"text", "scores"}) for x in items)
