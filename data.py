@@ -265,7 +265,7 @@ def load(paths, tokenizer, block_size, alone=False):
         malformed.append(("", aspects[A], f"{A} scores a segment, and another number in other pairs"))
     if malformed or not len(pairs):
         raise DataError("\n".join(files.listed(malformed) or [*notes, "no pair is left to train on"]))
-    return pairs, notes + [f"scores are ignored: {aspects[0]} has none"] * (len(aspects) > 1)
+    return pairs, notes + [f"scores are ignored: {aspects.get(0)} has none"] * (len(aspects) > 1)
 
 
 def hold_out(pairs, fraction=0.1, at_most=256):
