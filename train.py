@@ -332,7 +332,7 @@ def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
     pairs, val = (as_read(part, cfg, maximum) for part in (pairs, val))
     with folder.Run(cfg, identity, policy, tokenizer, pairs, val, maximum) as this:
         if this.finished:
-            return None
+            return report.say(f"{cfg.out_dir}: finished at step {cfg.steps}; more --steps go on from there")
         ranks.shard(policy)
         reference = no_reference
         if model:
@@ -343,8 +343,7 @@ def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
                 Memory(this.folder, pairs, cfg.dtype) if remembers else None)
         train(policy, reference, pairs, val, cfg, this)
         this.finish(policy, model)
-    best = report.ceiling(cfg.val_data or (() if cfg.data else flags.TOY[1:2]))
-    report.table(len(val), this.before, this.after, best)
+    report.table(len(val), this.before, this.after)
     return policy, model
 
 
