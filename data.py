@@ -25,8 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from losses import segment_rewards, segment_sum
 from plumbing.errors import DataError, UnusablePair
 
-# ---------------------------------------------------------------------------------------------------------
-# Tokenizer
+# ---- Tokenizer ----
 
 
 class Tokenizer:
@@ -70,8 +69,7 @@ class Tokenizer:
         vocab.write(folder, self.ranks, self.eot)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One pair
+# ---- One pair ----
 
 
 @dataclass
@@ -147,8 +145,7 @@ def segments_of(tokenizer, ids, segments):
     return of_token, scores
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A data set
+# ---- A data set ----
 
 
 ROW = np.dtype([(name, np.int64) for name in ("at", "P", "C", "R", "segment_at", "S_w", "S_l")])
@@ -199,15 +196,12 @@ class Pairs:
         """The pairs of an index array; the ids are shared."""
         return replace(self, rows=self.rows[index], where=[self.where[i] for i in index])
 
-    def chosen_only(self):
-        """The pairs without their rejected responses and scores: rows of SFT."""
+    def without_scores(self, chosen_only=False):
+        """The pairs for a loss that sums over whole responses; chosen_only: over the chosen one, as SFT."""
         rows = self.rows.copy()
-        rows["R"] = rows["S_l"] = 0
-        return replace(self.without_scores(), rows=rows)
-
-    def without_scores(self):
-        """The pairs for a loss that sums over whole responses."""
-        return replace(self, scores=np.zeros((len(self.segments), 0)))
+        if chosen_only:
+            rows["R"] = rows["S_l"] = 0
+        return replace(self, rows=rows, scores=np.zeros((len(self.segments), 0)))
 
     def score_maximum(self):
         """The largest score of each aspect on either side, (A,); 1 where an aspect is 0 throughout."""
@@ -269,8 +263,7 @@ def hold_out(pairs, fraction=0.1, at_most=256):
     raise DataError(f"{pairs.where[0]}: no group of pairs is small enough to hold out; pass --val_data")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Which pairs, in which order
+# ---- Which pairs, in which order ----
 
 
 @lru_cache(maxsize=2)
@@ -290,18 +283,14 @@ def micro_batches(pairs, index, size=None, tokens=10**9, multiple=1, packed=Fals
     index, micros = index[np.argsort(-pairs.lengths[index], kind="stable")], []
     while len(index):
         lengths = pairs.lengths[index]  # the longest first
-        if packed:
-            fit = np.searchsorted(lengths.cumsum(), tokens, side="right")
-        else:
-            fit = tokens // (math.ceil(lengths[0] / multiple) * multiple)
-        n = max(1, min(size or len(index), fit))
+        padded = lengths if packed else np.full_like(lengths, math.ceil(lengths[0] / multiple) * multiple)
+        n = max(1, min(size or len(index), np.searchsorted(padded.cumsum(), tokens, side="right")))
         micros.append(index[:n])
         index = index[n:]
     return micros
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pairs -> Batch
+# ---- Pairs -> Batch ----
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # branches of a pair
 TILE = 128  # columns that attention kernels work on at once
@@ -309,8 +298,8 @@ TILE = 128  # columns that attention kernels work on at once
 
 @dataclass
 class Batch:
-    """B pairs in B rows, or packed in one, and their response tokens listed flat: pair by pair, chosen then
-    rejected. G rows."""
+    """B pairs in G rows, one each or all packed in one; their response tokens are listed flat, pair by pair,
+    chosen then rejected."""
     tokens: torch.Tensor  # (G, T)
     positions: torch.Tensor  # (G, T), both responses continue from the prompt
     branch: torch.Tensor  # (G, T), PROMPT, CHOSEN, REJECTED or PADDING
@@ -319,7 +308,7 @@ class Batch:
     target: torch.Tensor  # (N,), that token
     response: torch.Tensor  # (N,), 2 b for the chosen response of pair b, 2 b + 1 for the rejected one
     segment: torch.Tensor  # (N,), response * S + k for a token of segment k
-    scores: torch.Tensor  # (B, 2, S, A), chosen and rejected; 0 where there is no segment
+    scores: torch.Tensor  # (B, 2, S, A), float64, chosen and rejected; 0 where there is no segment
     segment_mask: torch.Tensor  # (B, 2, S), True where a segment has a token
     length: torch.Tensor  # (B, 2), C and R
     pair: torch.Tensor  # (B,), the numbers of the pairs in their data set
@@ -346,18 +335,17 @@ class Batch:
     def mask(self):
         """(G, 1, T, T), True where a token (row) may attend to another (column); on CUDA, for a packed row,
         a BlockMask. None where each row is one response: plainly causal."""
-        packed = self.begins is not None
-        if not (self.branched or packed):
+        if self.begins is None and not self.branched:
             return None
-        if packed and self.tokens.is_cuda:
+        if self.begins is not None and self.tokens.is_cuda:
             return self.block_mask()
         G, T = self.tokens.shape
         q = torch.arange(T, device=self.tokens.device)
         return self.may_attend(torch.arange(G, device=q.device).view(G, 1, 1, 1), 0, q[:, None], q)
 
     def block_mask(self):
-        """The same for FlexAttention: of each TILE of queries, the tiles from its first pair's to its own."""
-        tile = np.arange(self.tokens.shape[1] // TILE)  # it looks back to where its first token's pair begins
+        """For FlexAttention: query tile i needs the key tiles from the start of its first pair up to i."""
+        tile = np.arange(self.tokens.shape[1] // TILE)
         first = self.begins[np.searchsorted(self.begins, TILE * tile, side="right") - 1] // TILE
         count = tile - first + 1
         index = np.where(tile < count[:, None], first[:, None] + tile, 0)
@@ -368,12 +356,10 @@ class Batch:
     def chunks(self, max_tokens):
         """(pairs, n): slices of whole pairs and of their response tokens, at most max_tokens, or one pair."""
         first = 0
-        while first < len(self):
-            end = first + 1
-            while end < len(self) and self.starts[end + 1] - self.starts[first] <= max_tokens:
-                end += 1
-            yield slice(first, end), slice(self.starts[first], self.starts[end])
-            first = end
+        for end in range(1, len(self) + 1):
+            if end == len(self) or self.starts[end + 1] - self.starts[first] > max_tokens:
+                yield slice(first, end), slice(self.starts[first], self.starts[end])
+                first = end
 
 
 def move(x, device):
@@ -441,8 +427,7 @@ def collate(pairs, multiple=1, packed=False):
                  branched=bool(length[:, 1].any()))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Batch -> the arguments of a loss
+# ---- Batch -> the arguments of a loss ----
 
 
 def pair_terms(batch, pairs, aspect_weights=(), **tokens):

@@ -78,8 +78,7 @@ class Config:
     head_tokens: int | None = knob(None, "response tokens in a chunk; default 2^24 logits, cuda 2^28", 1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One micro-batch
+# ---- One micro-batch ----
 
 
 def precision(cfg):
@@ -163,8 +162,7 @@ def step(policy, reference, batch, loss, scale, cfg):
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | {"pair": batch.pair}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Many micro-batches
+# ---- Many micro-batches ----
 
 
 def row_length(pairs, cfg):
@@ -228,8 +226,7 @@ def evaluate(policy, reference, pairs, cfg):
     return metrics(joined(rows, len(pairs)), cfg)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop ----
 
 
 def count(pairs, index, loss):
@@ -279,8 +276,7 @@ def train(policy, reference, pairs, val, cfg, run):
         run.evaluate(i, evaluate, policy, reference, val, cfg)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# From flags to a trained policy
+# ---- From flags to a trained policy ----
 
 
 def prepared(model, cfg):
@@ -312,11 +308,9 @@ def as_read(pairs, cfg, maximum):
     """The pairs as the loss reads them: SFT without rejected responses; scores for losses on segments only,
     each aspect divided by its `maximum` over the training data."""
     terms = terms_of(LOSSES[cfg.loss])
-    if "rejected_logps" not in terms:
-        return pairs.chosen_only()
-    if "chosen_rewards" not in terms:
-        return pairs.without_scores()
-    return pairs.normalised(maximum, cfg.rejected_weight == "badness")
+    if "chosen_rewards" in terms:
+        return pairs.normalised(maximum, cfg.rejected_weight == "badness")
+    return pairs.without_scores(chosen_only="rejected_logps" not in terms)
 
 
 def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
