@@ -155,7 +155,7 @@ def check_model(flag, name, model, cfg):
 
 def check_tokens(flag, name, sizes, tokenizer):
     """Refuse a model for other ids than the tokenizer's. It may have more rows than its own tokenizer's text
-    has ids, added tokens or padding: they are in the softmax, but no text becomes them and none is sampled."""
+    has ids, added tokens or padding: they are in the softmax, no text becomes them, none is sampled."""
     has_own = vocab.is_in(name)
     if sizes.vocab_size < tokenizer.vocab_size or sizes.vocab_size > tokenizer.vocab_size and not has_own:
         raise ConfigError(f"--{flag} {name}: has {sizes.vocab_size} token ids, the tokenizer "
