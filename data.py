@@ -266,7 +266,9 @@ def load(paths, tokenizer, block_size, alone=False):
         malformed.append(("", aspects[A], f"{A} scores a segment, and another number in other pairs"))
     if malformed or not len(pairs):
         raise DataError("\n".join(files.listed(malformed) or [*notes, "no pair is left to train on"]))
-    return pairs, notes + [f"scores are ignored: {aspects[0]} has none"] * (len(aspects) > 1)
+    if len(aspects) > 1:
+        notes.append(f"scores are ignored: {aspects[0]} has none")
+    return pairs, notes
 
 
 def hold_out(pairs, fraction=0.1, at_most=256):
