@@ -11,7 +11,6 @@ each: the shift by one is `predicting_columns`, used once. Files are read in plu
 
 import hashlib
 import math
-from array import array
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -154,92 +153,57 @@ def segments_of(tokenizer, ids, segments):
 # ---- A data set ----
 
 
-ROW = np.dtype([(name, np.int64) for name in ("at", "P", "C", "R", "segment_at", "S_w", "S_l")])
-
-
 @dataclass
 class Pairs:
-    """Pairs in flat arrays: memory is linear in the ids, and no Python object per token is kept.
-
-    A data set in which some pair has no scores counts as unscored: n_aspects is 0.
-    """
-    ids: np.ndarray  # (tokens,) of all pairs: prompt, chosen, rejected
-    segments: np.ndarray  # (segments,) tokens of each segment of all pairs: chosen, rejected
-    scores: np.ndarray  # (segments, A), float64
-    rows: np.ndarray  # (n,) of ROW: where a pair's ids begin, P, C, R; where its segments begin, S_w, S_l
-    where: list  # (n,) file:line
+    """A data set: pairs in their order. One in which some pair has no scores has none: n_aspects is 0."""
+    pairs: list  # of Pair
 
     def __post_init__(self):
+        lengths = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in self.pairs]
+        self.rows = np.array(lengths, dtype=[("P", np.int64), ("C", np.int64), ("R", np.int64)])  # (n,)
         self.lengths = self.rows["P"] + self.rows["C"] + self.rows["R"]  # (n,)
-        self.n_aspects = self.scores.shape[-1]
+        self.n_aspects = min((p.chosen_scores.shape[-1] for p in self.pairs), default=0)
+        self.where = [p.where for p in self.pairs]
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.pairs)
 
     def __getitem__(self, i):
-        """The i-th Pair."""
-        at, P, C, R, k, S_w, S_l = self.rows[i].tolist()
-        prompt, chosen, rejected = np.split(self.ids[at:at + P + C + R], [P, P + C])
-        sizes, scores = self.segments[k:k + S_w + S_l], self.scores[k:k + S_w + S_l]
-        return Pair(prompt, chosen, rejected, np.repeat(np.arange(S_w), sizes[:S_w]),
-                    np.repeat(np.arange(S_l), sizes[S_w:]), scores[:S_w], scores[S_w:], self.where[i],
-                    number=int(i))
+        """The i-th Pair, which knows its number."""
+        return replace(self.pairs[i], number=int(i))
 
-    def keys(self, first, end):
-        """A hash of each pair's ids between two of its edges: 0 prompt 1 chosen 2 rejected 3."""
-        edges = np.stack([self.rows[name] for name in ("at", "P", "C", "R")], -1).cumsum(-1)[:, [first, end]]
-        return [hashlib.sha256(self.ids[a:b]).digest() for a, b in edges]
-
-    def hash(self, *names):
-        """A hash of these fields of all pairs, in their order."""
-        h = hashlib.sha256()
-        for pair in self:
-            for name in names:
-                h.update(getattr(pair, name).tobytes() + b"|")
-        return h.hexdigest()
+    def hashes(self, *names):
+        """A hash of these fields of each pair."""
+        return [hashlib.sha256(b"|".join(getattr(p, name).tobytes() for name in names)).digest()
+                for p in self.pairs]
 
     def select(self, index):
-        """The pairs of an index array; the ids are shared."""
-        return replace(self, rows=self.rows[index], where=[self.where[i] for i in index])
+        """The pairs of an index array."""
+        return Pairs([self.pairs[i] for i in index])
 
     def without_scores(self, chosen_only=False):
         """The pairs for a loss that sums over whole responses; chosen_only: over the chosen one, as SFT."""
-        rows = self.rows.copy()
-        if chosen_only:
-            rows["R"] = rows["S_l"] = 0
-        return replace(self, rows=rows, scores=np.zeros((len(self.segments), 0)))
+        R = 0 if chosen_only else None
+        return Pairs([replace(p, chosen_scores=p.chosen_scores[:, :0], rejected=p.rejected[:R],
+                              rejected_segment=p.rejected_segment[:R], rejected_scores=p.rejected_scores[:R, :0])
+                      for p in self.pairs])
 
     def score_maximum(self):
         """The largest score of each aspect on either side, (A,); 1 where an aspect is 0 throughout."""
-        top = np.max([np.concatenate([p.chosen_scores, p.rejected_scores]).max(0) for p in self], axis=0)
+        top = np.max([x.max(0) for p in self.pairs for x in (p.chosen_scores, p.rejected_scores)], axis=0)
         return np.where(top > 0, top, 1)
 
     def normalised(self, maximum, badness=False):
         """The pairs with their scores divided by `maximum` (A,). badness: 1 - score on the rejected side."""
-        scores = self.scores / maximum
-        if badness:
-            for _, _, _, _, k, S_w, S_l in self.rows.tolist():
-                scores[k + S_w:k + S_w + S_l] = 1 - scores[k + S_w:k + S_w + S_l]
-        return replace(self, scores=scores)
+        both = [(p, p.chosen_scores / maximum, p.rejected_scores / maximum) for p in self.pairs]
+        return Pairs([replace(p, chosen_scores=w, rejected_scores=1 - l_ if badness else l_) for p, w, l_ in both])
 
 
 def pack(pairs):
     """An iterable of Pair -> Pairs."""
-    ids, segments, scores, rows, where, aspects = array("i"), array("i"), array("d"), [], [], set()
-    for p in pairs:
-        rows.append((len(ids), len(p.prompt), len(p.chosen), len(p.rejected),
-                     len(segments), len(p.chosen_scores), len(p.rejected_scores)))
-        for side in (p.prompt, p.chosen, p.rejected):
-            ids.frombytes(side.tobytes())
-        for segment, score in ((p.chosen_segment, p.chosen_scores), (p.rejected_segment, p.rejected_scores)):
-            segments.extend(np.bincount(segment, minlength=len(score)).tolist())
-            scores.frombytes(score.tobytes())
-        aspects.add(p.chosen_scores.shape[-1])
-        where.append(p.where)
-    if len(aspects) > 1:
-        aspects, scores = {0}, array("d")
-    return Pairs(np.array(ids), np.array(segments), np.array(scores).reshape(len(segments), *aspects),
-                 np.array(rows, dtype=ROW), where)
+    pairs = Pairs(list(pairs))
+    mixed = len({p.chosen_scores.shape[-1] for p in pairs.pairs}) > 1
+    return pairs.without_scores() if mixed else pairs
 
 
 def load(paths, tokenizer, block_size, alone=False):
@@ -277,8 +241,8 @@ def hold_out(pairs, fraction=0.1, at_most=256):
     least) is held out: a prompt with more pairs than are left to take is passed over. Where every prompt is
     that frequent, the split is by pair. Raises DataError where there is no second pair."""
     room = max(1, min(int(fraction * len(pairs)), at_most))
-    for edges in ((0, 1), (1, 3)):  # the prompt; the responses
-        key_of = pairs.keys(*edges)
+    for names in (["prompt"], ["chosen", "rejected"]):
+        key_of = pairs.hashes(*names)
         counts, held, left = Counter(key_of), set(), room
         for key in sorted(counts):
             if counts[key] <= left:

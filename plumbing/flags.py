@@ -276,8 +276,8 @@ def load_data(cfg, tokenizer):
     if cfg.val_data or not cfg.data:
         val, more = data.load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size, alone)
         notes += more
-        held = set(val.keys(0, 3))
-        if both := held & set(pairs.keys(0, 3)):
+        held, trained = (set(x.hashes("prompt", "chosen", "rejected")) for x in (val, pairs))
+        if both := held & trained:
             notes.append(f"{len(both)} of {len(held)} held-out pairs are training pairs too")
     else:
         pairs, val = data.hold_out(pairs)

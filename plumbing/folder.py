@@ -84,8 +84,9 @@ def identity_of(cfg, pairs, val, tokenizer, policy, reference):
     if "rejected_logps" in terms_of(LOSSES[cfg.loss]):
         fields += ["rejected", "chosen_segment", "rejected_segment", "chosen_scores", "rejected_scores"]
     identity = {name: value for name, value in vars(cfg).items() if name not in FREE} | cfg.settings
-    return identity | {"aspect_weights": list(cfg.aspect_weights), "data": pairs.hash(*fields),
-                       "val_data": val.hash(*fields), "tokenizer": tokenizer.hash,
+    return identity | {"aspect_weights": list(cfg.aspect_weights), "tokenizer": tokenizer.hash,
+                       "data": hashlib.sha256(b"".join(pairs.hashes(*fields))).hexdigest(),
+                       "val_data": hashlib.sha256(b"".join(val.hashes(*fields))).hexdigest(),
                        "init": policy and weights_hash(policy), "ref": reference and weights_hash(reference)}
 
 
