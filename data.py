@@ -184,8 +184,8 @@ class Pairs:
     def without_scores(self, chosen_only=False):
         """The pairs for a loss that sums over whole responses; chosen_only: over the chosen one, as SFT."""
         R = 0 if chosen_only else None
-        return Pairs([replace(p, chosen_scores=p.chosen_scores[:, :0], rejected=p.rejected[:R],
-                              rejected_segment=p.rejected_segment[:R], rejected_scores=p.rejected_scores[:R, :0])
+        return Pairs([replace(p, rejected=p.rejected[:R], rejected_segment=p.rejected_segment[:R],
+                              chosen_scores=p.chosen_scores[:, :0], rejected_scores=p.rejected_scores[:R, :0])
                       for p in self.pairs])
 
     def score_maximum(self):
@@ -195,8 +195,9 @@ class Pairs:
 
     def normalised(self, maximum, badness=False):
         """The pairs with their scores divided by `maximum` (A,). badness: 1 - score on the rejected side."""
-        both = [(p, p.chosen_scores / maximum, p.rejected_scores / maximum) for p in self.pairs]
-        return Pairs([replace(p, chosen_scores=w, rejected_scores=1 - l_ if badness else l_) for p, w, l_ in both])
+        sides = [(p, p.chosen_scores / maximum, p.rejected_scores / maximum) for p in self.pairs]
+        return Pairs([replace(p, chosen_scores=r_w, rejected_scores=1 - r_l if badness else r_l)
+                      for p, r_w, r_l in sides])
 
 
 def pack(pairs):
