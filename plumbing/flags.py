@@ -228,13 +228,7 @@ def for_machine(cfg, vocab_size):
               "compile_head": pays if cfg.compile is None else cfg.compile,
               "micro_batch_tokens": 32768 if cuda else 2048,
               "head_tokens": max(1, (2**28 if cuda else 2**24) // vocab_size)}
-    cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
-    # FlexAttention's kernel; without one, the mask of a packed row on a GPU is as large as the row squared
-    has_kernel = cuda and cfg.compile and cfg.dtype != "float64" and cfg.n_embd >= 16 * cfg.n_head
-    if cuda and cfg.pack and not has_kernel:
-        raise ConfigError("--pack: FlexAttention on cuda needs --compile, float32 or bfloat16, and 16 "
-                          "channels a head; --no-pack does without it")
-    return replace(cfg, pack=has_kernel if cfg.pack is None else cfg.pack)
+    return replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
 
 
 def sft_before(cfg):

@@ -31,7 +31,7 @@ PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full i
 # What a run's numbers do not depend on: its length, its place, what is printed, how the work is cut.
 FREE = {*PATHS, "out_dir", "resume", "overwrite", "settings", "steps", "micro_batch_size",
         "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every", "log_every", "device",
-        "compile", "compile_head", "pack", "head_tokens"}
+        "compile", "compile_head", "head_tokens"}
 RESULT = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.tiktoken",
           *vocab.OF_TRANSFORMERS)
 
