@@ -98,7 +98,7 @@ def head(policy, hidden, target, ref_logps=None, ref_hidden=None, reference=None
     """Hidden states (N, C) of response tokens -> {"logps": log pi, and of the reference what is known}, (N,).
 
     ref_logps (N,) are handed on. With ref_hidden (N, C) the reference's head runs here too, and adds
-    "ref_logps" and "kl", KL(pi_ref || pi). (Named one by one: torch.compile takes sizes inside **ref as fixed.)
+    "ref_logps" and "kl", KL(pi_ref || pi). (In **ref torch.compile would take sizes as fixed.)
     """
     centered = torch.is_autocast_enabled(hidden.device.type)  # in bfloat16, where large logits lose digits
     logits = policy.logits(hidden, centered)  # (N, V); nothing of this size outlives a chunk
