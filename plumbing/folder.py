@@ -201,7 +201,7 @@ class Run:
     def __enter__(self):
         self.lock = ranks.on_main(claim, self.folder, self.identity, self.cfg.resume, self.cfg.overwrite)
         if ranks.any_of(not self.folder.exists()):
-            raise ConfigError(f"--out_dir {self.folder}: another machine does not see it; choose a folder that "
+            raise ConfigError(f"--out_dir {self.folder}: another machine does not see it; choose one that "
                               "all machines share")
         self.finished = self.cfg.resume and read_run(self.folder)["finished"] == self.cfg.steps
         if not self.cfg.resume:
@@ -331,7 +331,7 @@ class Log:
             except ValueError:
                 continue  # a line that a kill cut short
             if record.get("step", 0) < step or record.get("step") == step and "eval/loss" not in record:
-                kept.append(line)
+                kept.append(line.rstrip(b"\n") + b"\n")
         self.path = path
         write_atomically(path, lambda part: part.write_bytes(b"".join(kept)))
         self.write(header)
