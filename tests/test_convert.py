@@ -193,7 +193,7 @@ def with_answer(**more):
     (pair(chosen=[{"text": "a", "reasoning": "b"}]), MEANT.format("chosen[0].reasoning", "reasoning")),
     *((pair(**{key: value}), MEANT.format(key, key)) for key, value in [
         ("tools", [{}]), ("functions", [{}]), ("images", ["x"]), ("context", "A story"), ("instruction", "Do"),
-        ("input", "A story"), ("history", [["a", "b"]]), ("messages", turns("other")), ("question", "other"),
+        ("input", "A story"), ("history", [["a", "b"]]), ("question", "other"), ("conversation_summary", "x"),
         ("output", "x"), ("system_prompt", "x"), ("chosen_score", 1), ("label", 0), ("status", "tie"),
         ("source", "a story " * 30), ("metadata", {"system": "x"}), ("tokens", [{"system": "x"}]), ("name", "x")]),
     (FORMS["OpenAI preferences"][0] | {"input": {"messages": turns("Hi"), "tools": [{}]}},
@@ -237,7 +237,8 @@ def with_answer(**more):
     ({}, "no form has the keys (none)"), (7, "a record must be an object, found int"),
     # values
     (pair(chosen=7), '"chosen" must be text or messages, found int'), (pair(chosen=None), "lacks chosen"),
-    (pair(chosen=[]), "no assistant turn"), (pair("\ud800"), '"prompt" must be text, found a lone surrogate'),
+    (pair(messages=turns("other")), MEANT.format("prompt", "prompt")),
+    (pair("\ud800"), '"prompt" must be text, found a lone surrogate'),
     (pair([{"role": "user", "content": [{"type": "image_url"}]}]), "is a part of type 'image_url'; only text is read"),
     (pair(chosen=scored(("a", -1))), '"chosen[0].scores" must hold finite numbers >= 0, found [-1]'),
     (pair(chosen=scored(("a", 1))), "segments with 0 and 1 scores in one pair"),
@@ -290,10 +291,10 @@ def test_keys_are_renamed_and_dropped_as_the_flags_say(tmp_path, capsys):
         "d.jsonl: 2 pairs, the prompt as it stands", "keys left out: source (2)",
         "wrote out.jsonl: 2 records; to train on it:", "python train.py --loss dpo --data out.jsonl"]
     assert (tmp_path / "out.jsonl").read_text() == 2 * '{"prompt": "Q", "chosen": "a", "rejected": "b"}\n'
-    for more, message in ((["--drop", "nope"], "--drop, --keys: no record has the key nope"),
-                          (["--keys", "prompt=nope"], "no form has the keys"), (["--keys", "nope=x"], "must be NAME=KEY"),
-                          (["--keys", "system=question", "--drop", "x"], 'there is a "system" already; --drop system')):
-        status, _, error = run(tmp_path, capsys, tmp_path / "d.jsonl", *more, "--overwrite")
+    for more, message in ((["nope"], "--drop, --keys: no record has the key nope"),
+                          (["--keys", "nope=x"], "--keys nope=x: must be NAME=KEY, with a NAME of"),
+                          (["--keys", "question=source"], 'question=source: there is a "question" already; --drop')):
+        status, _, error = run(tmp_path, capsys, tmp_path / "d.jsonl", "--overwrite", *flags, *more)
         assert status == 2 and message in error
 
 
@@ -373,7 +374,7 @@ def test_a_cell_is_parsed_only_where_a_form_wants_a_list(tmp_path, capsys, show,
     ("a.csv", b"prompt;chosen;rejected\na;b;c\n", "one column, \"prompt;chosen;rejected\"; if that is several: --delimiter ';'"),
     ("a.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", 'a.csv: the column "chosen" twice'),
     ("a.csv", b"prompt,chosen,rejected\na,b,c,d\n", "a.csv: row 1: more cells than the header"),
-    ("a.csv", b"prompt,chosen,rejected\na,b\n", "a.csv: row 1: no form has the keys chosen, prompt; the nearest, pairs"),
+    ("a.csv", b"prompt,chosen,rejected\na,b\n", "a.csv: row 1: fewer cells than the header"),
     ("a.csv", b"prompt,chosen,rejected\n\xff,b,c\n", "a.csv: not a table in UTF-8"),
     ("a.json", b"{\n}", "a.json: one JSON value over several lines"), ("a.json", b"[1,", "a.json: not JSON"),
     ("a.json", b"[" * 100_000, "a.json: not JSON"), ("a.json", b"[1]", "a.json: item 1: a record must be an object"),
@@ -381,7 +382,7 @@ def test_a_cell_is_parsed_only_where_a_form_wants_a_list(tmp_path, capsys, show,
     ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', 'a.jsonl:1: not JSON (the key "prompt" twice)'),
     ("a.jsonl", b'{"prompt": "Q", "chosen": [{"text": "a", "scores": [NaN]}], "rejected": "b"}', "found [nan]"),
     ("a.zip", b"PK", "a.zip: unpack it first"), ("a.jsonl", b"", "a.jsonl: no record is left"),
-    ("a.jsonl", json.dumps(pair() | {"x": json.loads("[" * 500 + "]" * 500)}).encode(), "--drop x"),
+    ("a.jsonl", b'{"x": ' + b"[" * 900 + b"]" * 900 + b"}", "a.jsonl:1: nested too deeply"),
     ("a.jsonl", JSONL + b'{"prompt": "a", "response": "b"}', "records with one answer and with two"),
 ])
 def test_a_file_that_cannot_be_read_or_any_bad_record_is_named_and_nothing_is_written(
