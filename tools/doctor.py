@@ -139,7 +139,7 @@ def report(found, tokenizer, block_size):
     yield f"  {share(distances < CLOSE)} below {CLOSE}: DPO's likelihood failure lives here, see DPOP"
     S = [len(scores) for pair in found.pairs for scores in (pair.chosen_scores, pair.rejected_scores)]
     scored = sum(pair.chosen_scores.size > 0 for pair in found.pairs)
-    yield f"\nSegments: {min(S)} to {max(S)} in a response; {scored} of {n} pairs are scored, 2D-DPO needs all"
+    yield f"\nSegments: {min(S)} to {max(S)} a response; {scored} of {n} pairs have scores, 2D-DPO needs all"
 
 
 def train_command(found, options):
