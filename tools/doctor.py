@@ -130,7 +130,7 @@ def report(found, tokenizer, block_size):
     yield (f"  The longer response is the chosen one in {share(C > R)} of the pairs, the rejected one in "
            f"{share(C < R)}, equal in {share(C == R)}.")
     longer = (C > R).sum() / max(1, (C != R).sum())
-    if abs(longer - 0.5) > 0.1:
+    if (C != R).any() and abs(longer - 0.5) > 0.1:
         which, right = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         yield f"  Length bias: to prefer the {which} one is right in {share(right)} where they differ."
     distances = np.array(found.distances)
