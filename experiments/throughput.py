@@ -7,7 +7,6 @@ take turns, step by step, so that a noisy machine is noisy for both, and the los
               them: the shape of eric-mitchell/direct-preference-optimization
     tdpo      the same with both full softmaxes for the KL: the shape of the official TDPO code
     trl       trl.DPOTrainer as pip installs it; needs trl, which brings datasets
-    rows      train.py --no-pack beside train.py --pack
 
     python experiments/throughput.py --peer classic                 the rows of throughput.md
     python experiments/throughput.py --peer tdpo
@@ -18,8 +17,8 @@ Flags that are not listed below go to train.py: --micro_batch_size 8, --compile,
 
 Seconds are those of a turn of the loop, logging and the next batch included. CPU s is what all threads used:
 less than cores x time where other processes had the cores. Memory is the peak from the second step on, less
-what the process held with its libraries alone: weights, gradients and moments are in it. TFLOP and MFU count
-useful work only (useful_flops), MFU against this machine's own matrix product.
+what the process held with its libraries alone: weights, gradients and moments are in it. MFU counts useful
+work only (useful_flops), against this machine's own matrix product.
 """
 
 import argparse
@@ -36,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -66,8 +66,7 @@ COMPARED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected")
 BETA, ALPHA, LR, CLIP = 0.1, 0.5, 1e-5, 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What all sides start from: a folder with model, tokenizer and records
+# ---- What all sides start from: a folder with model, tokenizer and records ----
 
 
 def draw_lengths(o):
@@ -123,12 +122,10 @@ def read_records(o):
     return [json.loads(line) for line in Path(o.folder, "records.jsonl").read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The sides: each imports what it needs and returns the function that trains until it is stopped. It logs one
-# line a step into o.out/log.jsonl: what its loss was.
+# ---- The sides: each imports what it needs and returns what trains until it is stopped. It logs its steps ----
 
 
-def ours(o, *more):
+def ours(o):
     script = importlib.import_module("ports.huggingface" if o.port else "train")
     given = {"init": o.model, "data": f"{o.folder}/records.jsonl", "val_data": f"{o.folder}/held_out.jsonl",
              "out_dir": o.out, "loss": o.loss, "beta": BETA, "batch_size": o.pairs, "lr": LR,
@@ -136,11 +133,7 @@ def ours(o, *more):
              "log_every": 1, "device": o.device, "dtype": o.dtype}
     given |= {"alpha": ALPHA} if o.loss == "tdpo2" else {}
     argv = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    return lambda: script.main([*argv, *o.flags, *more])
-
-
-def rows(o):
-    return ours(o, "--no-pack")
+    return lambda: script.main([*argv, *o.flags])
 
 
 def padded_rows(pairs, device):
@@ -193,7 +186,7 @@ def two_models(o, loss_of):
 
     def run():
         policy, reference = (GPT.from_pretrained(o.model, aligned).to(o.device, kind) for _ in range(2))
-        tokenizer, log = Tokenizer(o.model), Log(o)
+        tokenizer, log = Tokenizer(o.model), log_of(o)
         pairs = [[tokenizer.encode(r[side]) + [tokenizer.eot] * (side != "prompt")
                   for side in ("prompt", "chosen", "rejected")] for r in read_records(o)]
         optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
@@ -204,28 +197,18 @@ def two_models(o, loss_of):
                 loss = forward(policy, reference.requires_grad_(False), tokens, scored)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
-            log.write(i + 1, {"loss": loss.item(), "grad_norm": norm.item()})
+            log(i + 1, {"loss": loss.item(), "grad_norm": norm.item()})
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     return run
 
 
-class Log:
-    def __init__(self, o):
-        Path(o.out).mkdir()
-        self.file = open(Path(o.out, "log.jsonl"), "w", buffering=1)
-
-    def write(self, step, numbers):
-        self.file.write(json.dumps({"step": step} | numbers) + "\n")
-
-
-def classic(o):
-    return two_models(o, classic_loss)
-
-
-def tdpo(o):
-    return two_models(o, tdpo_loss)
+def log_of(o):
+    """A function (step, numbers) that writes a peer's log.jsonl."""
+    Path(o.out).mkdir()
+    file = open(Path(o.out, "log.jsonl"), "w", buffering=1)
+    return lambda step, numbers: file.write(json.dumps({"step": step} | numbers) + "\n")
 
 
 def trl(o):
@@ -236,11 +219,10 @@ def trl(o):
     datasets.disable_progress_bars()
 
     class ToLog(transformers.TrainerCallback):
-        def __init__(self):
-            self.log = Log(o)
+        log = staticmethod(log_of(o))
 
         def on_log(self, args, state, control, logs, **kwargs):
-            self.log.write(state.global_step, {name: logs[name] for name in COMPARED if name in logs})
+            self.log(state.global_step, {name: logs[name] for name in COMPARED if name in logs})
 
     def run():
         records = read_records(o)
@@ -262,25 +244,19 @@ def trl(o):
     return run
 
 
-SIDES = {"ours": ours, "classic": classic, "tdpo": tdpo, "trl": trl, "rows": rows}
+SIDES = {"ours": ours, "classic": partial(two_models, loss_of=classic_loss),
+         "tdpo": partial(two_models, loss_of=tdpo_loss), "trl": trl}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Memory and work
+# ---- Memory and work ----
 
 
-def memory(device):
-    """Bytes that this process holds, or the GPU's allocator."""
-    return torch.cuda.memory_allocated(device) if device != "cpu" else proc("VmRSS")
-
-
-def peak(device):
-    """The most it held since reset_peak."""
-    return torch.cuda.max_memory_allocated(device) if device != "cpu" else proc("VmHWM")
-
-
-def proc(name):
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+def memory(device, peak=False):
+    """Bytes that this process holds, or the GPU's allocator; peak: the most since reset_peak."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
 
 
 def reset_peak(device):
@@ -318,8 +294,7 @@ def useful_flops(layers, channels, vocabulary, lengths):
     return 3.0 * (trunk + 2 * channels * vocabulary * (C + R)).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A process a side: a line in says "go", a line of JSON out says what the step took
+# ---- A process a side: a line in says "go", a line of JSON out says what the step took ----
 
 
 class Turns:
@@ -338,12 +313,17 @@ class Turns:
     def __call__(self, *_):
         synchronize(self.device)
         answer = {"seconds": time.perf_counter() - self.clock, "cpu": time.process_time() - self.cpu,
-                  "memory": peak(self.device) - self.base, "graphs": compiled_graphs()}
+                  "memory": memory(self.device, peak=True) - self.base, "graphs": compiled_graphs()}
         if self.steps == 0:
             reset_peak(self.device)
         self.steps += 1
         print(json.dumps(answer), file=self.out, flush=True)
         self.wait()
+
+
+def compiled_graphs():
+    """How many graphs torch.compile has made in this process so far: it must stop growing."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
 def work(o):
@@ -353,11 +333,6 @@ def work(o):
     run = SIDES[o.side](o)
     Turns(o, out)
     run()
-
-
-def compiled_graphs():
-    """How many graphs torch.compile has made in this process so far: it must stop growing."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
 class Side:
@@ -430,8 +405,7 @@ def differences(o, logs):
     return worst
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Numbers
+# ---- Numbers ----
 
 
 def numbers_of(o, answers, rate):
@@ -440,12 +414,11 @@ def numbers_of(o, answers, rate):
     of_step = [lengths[step_indices(len(lengths), o.pairs, 0, o.warmup + n)] for n in range(o.repeats)]
     seconds = [a["seconds"] for a in measured]
     flops = [float(useful_flops(layers, channels, o.vocab, x)) for x in of_step]
-    speed = median([f / s for f, s in zip(flops, seconds, strict=True)])
     return {"seconds": median(seconds), "fastest": min(seconds), "slowest": max(seconds),
             "cpu_seconds": median([a["cpu"] for a in measured]),
             "tokens_per_s": median([int(x[:, 1:].sum()) / s for x, s in zip(of_step, seconds, strict=True)]),
-            "tflop": median(flops) / 1e12, "mfu": speed / rate, "memory": measured[-1]["memory"],
-            "graphs": measured[-1]["graphs"],
+            "mfu": median([f / s for f, s in zip(flops, seconds, strict=True)]) / rate,
+            "memory": measured[-1]["memory"], "graphs": measured[-1]["graphs"],
             "graphs_while_measured": measured[-1]["graphs"] - answers[o.warmup - 1]["graphs"]}
 
 
@@ -455,12 +428,12 @@ def compare(o, sides=None):
     rate = matmul_rate(o.device, torch.bfloat16 if o.dtype == "bfloat16" else getattr(torch, o.dtype))
     answers, worst = measure(o, sides)
     result = {name: numbers_of(o, rows, rate) for name, rows in answers.items()}
-    print(f"{'':8}{'s/step':>8}{'fastest, slowest':>19}{'CPU s':>8}{'tokens/s':>10}{'TFLOP':>8}{'MFU':>7}"
+    print(f"{'':8}{'s/step':>8}{'fastest, slowest':>19}{'CPU s':>8}{'tokens/s':>10}{'MFU':>7}"
           f"{'GB':>7}{'graphs, late':>14}")
     for name, r in result.items():
         mfu = "" if o.model or o.size == "qwen2" else f"{r['mfu']:.0%}"
         print(f"{name:8}{r['seconds']:8.3f}{r['fastest']:11.3f}{r['slowest']:8.3f}{r['cpu_seconds']:8.2f}"
-              f"{r['tokens_per_s']:10.0f}{r['tflop'] * bool(mfu):8.3f}{mfu:>7}{r['memory'] / 1e9:7.2f}"
+              f"{r['tokens_per_s']:10.0f}{mfu:>7}{r['memory'] / 1e9:7.2f}"
               f"{r['graphs']:9d},{r['graphs_while_measured']:4d}")
     if len(sides) > 1:
         (a, first), (b, second) = ((name, answers[name][o.warmup:]) for name in sides)
@@ -509,9 +482,9 @@ def where(o):
 def parse(argv=None):
     flag = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                    allow_abbrev=False)
-    flag.add_argument("--peer", choices=("classic", "tdpo", "trl", "rows"), default="classic")
+    flag.add_argument("--peer", choices=("classic", "tdpo", "trl"), default="classic")
     flag.add_argument("--against", metavar="COMMIT", help="compare with this commit's train.py")
-    flag.add_argument("--loss", choices=("dpo", "tdpo1", "tdpo2"), help="default dpo; tdpo2 against tdpo")
+    flag.add_argument("--loss", choices=("dpo", "tdpo1", "tdpo2"), help="default dpo; tdpo2 beside tdpo")
     flag.add_argument("--size", choices=SIZES, help="default 4x256; qwen2 for trl")
     flag.add_argument("--model", metavar="FOLDER", help="instead: a folder of transformers with tokenizer")
     flag.add_argument("--lengths", choices=LENGTHS, help="default long; short for trl and --against")
@@ -542,8 +515,7 @@ def parse(argv=None):
         o.batches = o.warmup + o.repeats
     if not o.against:
         o.loss = o.loss or ("tdpo2" if o.peer == "tdpo" else "dpo")
-        o.flags += ["--pack"] * (o.peer == "rows")
-        if o.peer != "rows" and (o.peer == "tdpo") != (o.loss != "dpo"):
+        if (o.peer == "tdpo") != (o.loss != "dpo"):
             flag.error(f"--peer {o.peer} has no --loss {o.loss}")
     return o
 

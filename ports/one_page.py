@@ -1,8 +1,8 @@
 """Four preference losses on one page: python ports/one_page.py [dpo | dpop | tdpo2 | 2d-dpo]
 
 Read it from top to bottom with the papers open: a small GPT learns the toy reviews, in a minute on a CPU. It
-imports nothing of ours; a test holds its losses to those of train.py. x is the prompt, y_w the chosen response
-and y_l the rejected one; pi is the policy, pi_ref its frozen copy; B pairs, T columns, V tokens, S segments.
+imports nothing of ours; a test holds its losses to train.py's. x is the prompt, y_w the chosen response, y_l
+the rejected one; pi is the policy, pi_ref its frozen copy; B pairs, T columns, V tokens, S segments.
 """
 
 import argparse
