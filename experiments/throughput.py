@@ -488,7 +488,7 @@ def parse(argv=None):
     o, o.flags = flag.parse_known_args(argv)
     trl = o.peer == "trl" and not o.against
     defaults = {"size": "qwen2" if trl else "4x256", "lengths": "short" if trl or o.against else "long",
-                "dtype": "float32" if o.device == "cpu" else "bfloat16", "pairs": 4 if trl or o.against else 8,
+                "pairs": 4 if trl or o.against else 8, "dtype": ("bfloat16", "float32")[o.device == "cpu"],
                 "repeats": 15 if o.against else 5, "batches": 1 if o.against else 5}
     vars(o).update({name: getattr(o, name) or value for name, value in defaults.items()})
     o.warmup = o.warmup or max(2, 0 if o.live else o.batches)
