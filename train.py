@@ -94,19 +94,19 @@ def hidden_states(model, batch, cfg):
     return hidden[row, column]
 
 
-def head(policy, hidden, target, **ref):
+def head(policy, hidden, target, ref_logps=None, ref_hidden=None, reference=None):
     """Hidden states (N, C) of response tokens -> {"logps": log pi, and of the reference what is known}, (N,).
 
-    ref: nothing; ref_logps (N,), which is handed on; or ref_hidden (N, C) and the reference, whose head then
-    runs here and adds "ref_logps" and "kl", KL(pi_ref || pi).
+    ref_logps (N,) are handed on. With ref_hidden (N, C) the reference's head runs here too, and adds
+    "ref_logps" and "kl", KL(pi_ref || pi). (In **ref torch.compile would take sizes as fixed.)
     """
     centered = torch.is_autocast_enabled(hidden.device.type)  # in bfloat16, where large logits lose digits
     logits = policy.logits(hidden, centered)  # (N, V); nothing of this size outlives a chunk
     logps = token_logps(logits, target)
-    if "ref_hidden" not in ref:
-        return {"logps": logps} | ref
+    if ref_hidden is None:
+        return {"logps": logps} if ref_logps is None else {"logps": logps, "ref_logps": ref_logps}
     with torch.no_grad():
-        ref_logits = ref["reference"].logits(ref["ref_hidden"], centered)  # (N, V)
+        ref_logits = reference.logits(ref_hidden, centered)  # (N, V)
         ref_logps = token_logps(ref_logits, target)
     return {"logps": logps, "ref_logps": ref_logps, "kl": token_kl(ref_logits, logits)}
 

@@ -160,22 +160,23 @@ def claim(folder, identity, resume, overwrite):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+    except Timeout:
+        raise ConfigError(f"--out_dir {folder}: another process is writing there; choose another") from None
+    except OSError as e:
+        raise ConfigError(f"--out_dir {folder}: {e.strerror}; choose a folder that can be written") from None
+    try:
         check_free(folder, resume, overwrite)  # again: another process may have been there meanwhile
         if resume:
             check_identity(folder, read_run(folder)["identity"], identity)
         elif overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
-            for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
-                for path in folder.glob(pattern):
-                    path.unlink()
-        return lock
-    except Timeout:
-        raise ConfigError(f"--out_dir {folder}: another process is writing there; choose another") from None
-    except OSError as e:
-        lock.release()
-        raise ConfigError(f"--out_dir {folder}: {e.strerror}; choose a folder that can be written") from None
+            with writing(folder):
+                for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
+                    for path in folder.glob(pattern):
+                        path.unlink()
     except BaseException:
         lock.release()
         raise
+    return lock
 
 
 # ---- A run ----
@@ -199,16 +200,12 @@ class Run:
 
     def __enter__(self):
         self.lock = ranks.on_main(claim, self.folder, self.identity, self.cfg.resume, self.cfg.overwrite)
-        try:
-            if ranks.any_of(not self.folder.exists()):
-                raise ConfigError(f"--out_dir {self.folder}: another machine does not see what rank 0 writes "
-                                  "there; choose a folder that all machines share")
-            self.finished = self.cfg.resume and read_run(self.folder)["finished"] == self.cfg.steps
-            if not self.cfg.resume:
-                write_json(self.folder / "run.json", self.record)
-        except BaseException:
-            self.__exit__()
-            raise
+        if ranks.any_of(not self.folder.exists()):
+            raise ConfigError(f"--out_dir {self.folder}: another machine does not see it; choose a folder that "
+                              "all machines share")
+        self.finished = self.cfg.resume and read_run(self.folder)["finished"] == self.cfg.steps
+        if not self.cfg.resume:
+            write_json(self.folder / "run.json", self.record)
 
         def note(number, frame):
             """The step ends first; a second signal kills."""
@@ -250,8 +247,8 @@ class Run:
 
     def steps(self):
         """The numbers of the steps to take; ends early after a signal."""
-        for i in report.bar(range(self.first + 1, self.cfg.steps + 1), self.cfg.loss, self.cfg.steps,
-                            initial=self.first, unit=" steps"):
+        steps = range(self.first + 1, self.cfg.steps + 1)
+        for i in report.bar(steps, self.cfg.loss, self.cfg.steps, initial=self.first, unit=" steps"):
             yield i
             if self.stopped and i < self.cfg.steps:
                 report.stopped(self.stopped, i, self.cfg)
@@ -322,15 +319,15 @@ class Run:
 
 
 class Log:
-    """log.jsonl: what was logged after the step from which a run goes on is dropped, and so are evaluations
-    of that step, which are made again where they are due."""
+    """log.jsonl, without what was logged after the step from which a run goes on; evaluations of that step
+    are made again where they are due."""
 
     @ranks.only_main
     def __init__(self, path, step, header):
         kept = []
         for line in path.read_bytes().splitlines(True) if path.exists() and step else []:
             try:
-                record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+                record = json.loads(line)
             except ValueError:
                 continue  # a line that a kill cut short
             if record.get("step", 0) < step or record.get("step") == step and "eval/loss" not in record:
