@@ -38,8 +38,7 @@ UNEVEN = {"aspect_weights": (0.25, 0.75), "rejected_weight": "score"}
 SLOW = pytest.mark.slow
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Helpers: data
+# ---- Helpers: data ----
 
 
 def make_records(n=8, seed=0, segments=None):
@@ -78,8 +77,7 @@ def pairs(tmp_path):
     return load_records(RECORDS, tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Helpers: models, steps and runs
+# ---- Helpers: models, steps and runs ----
 
 
 def small(seed, vocab_size=257, std=0.15, n_embd=16, block_size=64):
@@ -202,8 +200,7 @@ def weights(folder):
     return dict(GPT.from_pretrained(folder).named_parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Helpers: the other implementation
+# ---- Helpers: the other implementation ----
 
 
 def plain(cfg, policy, reference, records, maximum=(4.0, 2.0)):
@@ -250,8 +247,7 @@ def response_tokens(records):
     return sum(len("".join(s["text"] for s in record["chosen"])) + 1 for record in records)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 1  A step
+# ---- 1  A step ----
 
 
 @pytest.mark.parametrize("loss, changes", [(loss, {}) for loss in LOSSES]
@@ -358,8 +354,7 @@ def test_metrics_are_means_over_pairs_rewards_are_beta_logratio_without_the_kl_a
         "kl/ref_policy_chosen": 3.0, "kl/ref_policy_rejected": 5.0}, rel=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 2  A run
+# ---- 2  A run ----
 
 COUNTS = {"grad_norm", "lr", "pairs_per_s", "tokens_per_s", "peak_memory"}
 REWARDS = {f"{group}/{name}" for group, names in {
@@ -500,8 +495,7 @@ def test_a_compiled_run_has_five_graphs_and_the_numbers_of_an_eager_one(
     assert list(weights(compiled[1])) == list(weights(eager[1]))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 3  The start
+# ---- 3  The start ----
 
 
 @pytest.mark.parametrize("loss", PREFERENCE)
@@ -552,8 +546,7 @@ def test_an_architecture_with_dropout_starts_at_log_2_and_one_that_is_random_in_
     assert "before the first step" not in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 4  A new loss is its function and its line
+# ---- 4  A new loss is its function and its line ----
 
 
 def simpo_loss(chosen_logps, rejected_logps, chosen_length, rejected_length, *, beta=2.0, gamma=0.5):
