@@ -27,7 +27,7 @@ import data
 import model as architecture
 import train
 from losses import LOSSES
-from plumbing import checkpoints, files, folder
+from plumbing import files, folder
 from plumbing.reference import Memory, Reference
 
 TIMING = {"pairs_per_s", "tokens_per_s", "peak_memory"}
@@ -615,8 +615,8 @@ def test_a_file_that_is_damaged_is_made_anew_and_an_evaluation_asks_the_model(he
     assert np.isnan(reference.memory.values).all()
     batch = batch_of(pairs, 1)
     found = reference(batch, True)
-    assert found.keys() == {"ref_hidden", "reference"} and found["ref_hidden"].shape == (len(batch.target), 16)
-    assert not ran
+    assert found.keys() == {"ref_hidden", "reference"} and not ran
+    assert found["ref_hidden"].shape == (len(batch.target), 16)
     batch.weight = 0
     assert reference(batch, False)["ref_logps"].isfinite().all() and np.isnan(reference.memory.values).all()
 

@@ -1,4 +1,4 @@
-"""train.py: a step's numbers and gradient, what a run computes and logs, new losses, the start, the optimizer.
+"""train.py: a step's numbers and gradient, what a run computes and logs, new losses, start, optimizer.
 
 Data are made here, in the segment form, with bytes as tokens: tests know every token without asking data.py.
 `plain` is the other implementation: a pair is two separate sequences, ordinary causal forward, full logits,
@@ -311,7 +311,7 @@ def test_bfloat16_keeps_the_digits_of_logits_of_which_all_are_large(loss, pairs)
         with torch.no_grad():
             model.wte.weight[:, 0] -= 10
             model.ln_f.bias[0] += 10
-            assert model.logits(model(torch.arange(9)[None])).median() < -64  # bfloat16 has steps of 0.5 there
+            assert model.logits(model(torch.arange(9)[None])).median() < -64  # bfloat16: steps of 0.5
         table = torch.cat([model.wte.weight.detach(), torch.zeros(63, 16)])  # zero rows, as in a run
         model.wte.weight = torch.nn.Parameter(table)
     (rows, gradient), (right, right_gradient) = (
@@ -363,13 +363,14 @@ REWARDS = {f"{group}/{name}" for group, names in {
 KL = {"kl/ref_policy_chosen", "kl/ref_policy_rejected"}
 
 
-@pytest.mark.parametrize("loss", [loss if loss in ("sft", "tdpo2", "2d-dpo") else pytest.param(loss, marks=SLOW)
-                                  for loss in LOSSES])
+@pytest.mark.parametrize("loss", [
+    loss if loss in ("sft", "tdpo2", "2d-dpo") else pytest.param(loss, marks=SLOW) for loss in LOSSES])
 def test_a_run_has_the_gradient_and_logs_the_numbers_of_the_plain_implementation(
         loss, model_a, model_b, tmp_path):
     """Data, remembered reference, knobs, aspect weights and the one division of a step: the mean over its
     pairs, for SFT over their response tokens; 12 pairs from a file of 8, so a pair that is read twice counts
-    twice. The KL is logged in training for TDPO only, at evaluation always. In one micro-batch it is the same."""
+    twice. The KL is logged in training for TDPO only, at evaluation always.
+    In one micro-batch it is the same."""
     changes = {name: KNOBS[name] for name in knobs_of(LOSSES[loss])} | (UNEVEN if loss in SEGMENTED else {})
     ref = {"ref": model_b} if flags.has_reference(LOSSES[loss]) else {}
     common = {"init": model_a, "dtype": "float64", "grad_clip": 0, "batch_size": 12, "steps": 2, "lr": 1e-3,
@@ -533,7 +534,7 @@ def test_an_architecture_with_dropout_starts_at_log_2_and_one_that_is_random_in_
     """From scratch, through an SFT of its own, and from a folder. With another reference nothing is
     compared."""
     monkeypatch.setattr(architecture, "MLP", Dropout)
-    scratch = {"tokenizer": "bytes", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 64, "sft_steps": 2}
+    scratch = {"tokenizer": "bytes", "n_layer": 1, "n_embd": 16, "block_size": 64, "sft_steps": 2}
     for start in (scratch, {"init": model_a}):
         *_, lines, evals = run(tmp_path, **start)
         assert evals[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) == lines[0]["loss"]
@@ -608,7 +609,8 @@ def test_a_loss_that_asks_for_an_unknown_term_is_refused_and_an_error_in_one_sho
     monkeypatch.setitem(LOSSES, "new", unknown_loss)
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "new", tokenizer="bytes", block_size=64)  # nor is a start made by SFT
-    assert f"--loss new: asks for margin; a loss may ask for {', '.join(losses.TERMS)}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--loss new: asks for margin; a loss may ask for {', '.join(losses.TERMS)}\n" in error
     assert not list(tmp_path.rglob("run.json"))
     monkeypatch.setitem(LOSSES, "new", broken_loss)
     with pytest.raises(AttributeError, match="nonsense") as error:
