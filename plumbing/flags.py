@@ -57,13 +57,14 @@ def parse(Config, argv):
         parser.add_argument("--" + knob, type=float, metavar="FLOAT",
                             help="hyper-parameter of the loss; default: " + ", ".join(readers))
     typed = vars(parser.parse_args(argv))
+    typed = {name: tuple(x) if isinstance(x, list) else x for name, x in typed.items()}
     if "aspect_weights" in typed:
         words = " ".join(typed["aspect_weights"]).replace(",", " ").split()
         try:
-            typed["aspect_weights"] = [float(word) for word in words]
-        except ValueError:
-            raise ConfigError(f"--aspect_weights {' '.join(words)}: must be numbers") from None
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+            typed["aspect_weights"] = tuple(map(float, words))
+        except ValueError as e:
+            raise ConfigError(f"--aspect_weights: {e}") from None
+    return typed
 
 
 def configure(Config, typed):
@@ -135,13 +136,12 @@ def refuse_unread(typed, unread):
 def check_device(cfg):
     if not machine.usable(cfg.device):
         raise ConfigError(f"--device {cfg.device}: torch cannot use it here; choose cpu, cuda, cuda:N or mps")
-    kind = torch.device(cfg.device).type
-    if kind == "mps" and cfg.dtype == "float64":
+    if cfg.device == "mps" and cfg.dtype == "float64":
         raise ConfigError("--dtype float64: mps has none; choose float32")
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
-    if ranks.world() > 1 and kind != "cpu" and (cfg.device != "cuda" or local > gpus):
-        raise ConfigError(f"--device {cfg.device}: each of {local} ranks takes one of {gpus} GPUs; choose "
-                          f"cuda and torchrun --nproc_per_node {gpus} at most, or cpu")
+    if ranks.world() > 1 and cfg.device != "cpu" and (cfg.device != "cuda" or local > gpus):
+        raise ConfigError(f"--device {cfg.device}: {local} ranks take a GPU each, of {gpus}; choose cuda and "
+                          f"torchrun --nproc_per_node {gpus} at most, or cpu")
 
 
 def check_model(flag, name, model, cfg):

@@ -153,9 +153,9 @@ def check_free(folder, resume, overwrite):
                           "--resume, --overwrite or another folder")
 
 
-def claim(folder, identity, resume, overwrite):
-    """Make the folder, lock it against a second writer until the returned lock is released, and compare what
-    the run is with what it was."""
+def claim(folder, record, resume, overwrite):
+    """Make the folder of a run, lock it against a second writer until the returned lock is released, and
+    write its run.json, or compare what the run is with what it was."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,16 +167,18 @@ def claim(folder, identity, resume, overwrite):
     try:
         check_free(folder, resume, overwrite)  # again: another process may have been there meanwhile
         if resume:
-            check_identity(folder, read_run(folder)["identity"], identity)
-        elif overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
+            check_identity(folder, read_run(folder)["identity"], record["identity"])
+            return lock
+        if overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
             with writing(folder):
                 for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
                     for path in folder.glob(pattern):
                         path.unlink()
+        write_json(folder / "run.json", record)
+        return lock
     except BaseException:
         lock.release()
         raise
-    return lock
 
 
 # ---- A run ----
@@ -199,13 +201,12 @@ class Run:
         self.stopped, self.signals, self.handlers = None, [], {}
 
     def __enter__(self):
-        self.lock = ranks.on_main(claim, self.folder, self.identity, self.cfg.resume, self.cfg.overwrite)
-        if ranks.any_of(not self.folder.exists()):
-            raise ConfigError(f"--out_dir {self.folder}: another machine does not see it; choose a folder that "
+        self.lock = ranks.on_main(claim, self.folder, self.record, self.cfg.resume, self.cfg.overwrite)
+        if ranks.any_of(not (self.folder / "run.json").exists()):
+            self.__exit__()
+            raise ConfigError(f"--out_dir {self.folder}: another machine does not see it; choose one that "
                               "all machines share")
-        self.finished = self.cfg.resume and read_run(self.folder)["finished"] == self.cfg.steps
-        if not self.cfg.resume:
-            write_json(self.folder / "run.json", self.record)
+        self.finished = read_run(self.folder)["finished"] == self.cfg.steps
 
         def note(number, frame):
             """The step ends first; a second signal kills."""
@@ -331,7 +332,7 @@ class Log:
             except ValueError:
                 continue  # a line that a kill cut short
             if record.get("step", 0) < step or record.get("step") == step and "eval/loss" not in record:
-                kept.append(line)
+                kept.append(line.rstrip(b"\n") + b"\n")
         self.path = path
         write_atomically(path, lambda part: part.write_bytes(b"".join(kept)))
         self.write(header)

@@ -60,7 +60,7 @@ def read_array(path, content, kind):
 
 
 def read_csv(path, content, delimiter):
-    """The rows of a table with a header; cells that a row lacks are left out."""
+    """The rows of a table with a header."""
     csv.field_size_limit(2**31 - 1)
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=delimiter)
@@ -71,8 +71,8 @@ def read_csv(path, content, delimiter):
             raise DataError(f"{path}: has one column, {json.dumps(header[0])}; if that is several: "
                             f"--delimiter {other[0]!r}")
         for row in reader:
-            yield DataError("more cells than the header") if None in row else \
-                {key: cell for key, cell in row.items() if cell is not None}
+            wrong = "more" if None in row else "fewer" if None in row.values() else ""
+            yield DataError(f"{wrong} cells than the header") if wrong else row
     except (UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path}: not a table in UTF-8 ({e})") from None
 
