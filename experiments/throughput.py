@@ -122,7 +122,7 @@ def read_records(o):
     return [json.loads(line) for line in Path(o.folder, "records.jsonl").read_text().splitlines()]
 
 
-# ---- The sides: each imports what it needs and returns what trains until it is stopped. It logs its steps ----
+# ---- The sides: each imports what it needs and returns what trains, until stopped, and logs its steps ----
 
 
 def ours(o):
@@ -273,8 +273,8 @@ def synchronize(device):
 
 
 def matmul_rate(device, dtype):
-    """FLOP/s of this device's own matrix product, of 50 back to back: what MFU compares with."""
-    n, products = (512, 50) if device == "cpu" else (8192, 50)
+    """FLOP/s of this device's own matrix product, of 20 back to back: what MFU compares with."""
+    n, products = (512 if device == "cpu" else 8192), 20
     a, best = torch.randn(n, n, device=device).to(dtype), math.inf
     for _ in range(5):
         synchronize(device)

@@ -161,7 +161,7 @@ def check_tokens(flag, name, sizes, tokenizer):
         raise ConfigError(f"--{flag} {name}: has {sizes.vocab_size} token ids, the tokenizer "
                           f"{tokenizer.vocab_size}; choose the tokenizer that it was trained with")
     if has_own and data.Tokenizer(name).hash != tokenizer.hash:
-        raise ConfigError(f"--{flag} {name}: has another tokenizer, which reads other ids")
+        raise ConfigError(f"--{flag} {name}: has another tokenizer, of other ids; choose one with this")
 
 
 # ---- The whole way ----
@@ -190,6 +190,9 @@ def resolve(Config, argv):
     if ref and ref.vocab_size != (rows := sizes.vocab_size if sizes else tokenizer.vocab_size):
         raise ConfigError(f"--ref {cfg.ref}: has {ref.vocab_size} rows of token ids, the policy {rows}")
     if sizes:
+        if (stops := pretrained.stops_of(pretrained.folder_of(cfg.init))) not in ([], [tokenizer.eot]):
+            report.say(f"--init {cfg.init} ends texts at id {', '.join(map(str, stops))}; responses end in "
+                       f"{vocab.EOT} here, id {tokenizer.eot}, and so will the result's")
         own = {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_embd")}
         for name in own.keys() & typed.keys():
             if typed[name] != own[name]:

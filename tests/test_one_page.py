@@ -48,7 +48,6 @@ def test_ten_steps_have_the_losses_of_train(name, start, monkeypatch):
     found = [loss for _, loss in one_page.train(
         policy, lambda b: one_page.LOSSES[name](one_page.compare(policy, reference, b)).mean(),
         [one_page.row(json.loads(line)) for line in RECORDS], steps=10, lr=1e-2)]
-    print(f"{name}: largest difference {max(abs(a - b) for a, b in zip(found, expected, strict=True)):.1e}")
     assert found == pytest.approx(expected, abs=1e-6)
     assert max(expected) - min(expected) > 0.05  # something was learned, so the steps are compared too
 
