@@ -11,7 +11,6 @@ import os
 import shutil
 import struct
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,79 +24,63 @@ from plumbing import flags as core_flags
 from plumbing.errors import ConfigError, DataError, ModelError, RunError
 from plumbing.vocab import EOT
 
-
-def pairs(*aspects):
-    """Three pairs with segments of so many aspects each."""
-    return [{"prompt": f"Q{i}", "chosen": [{"text": "good", "scores": [1] * A}, {"text": "!", "scores": [2] * A}],
-             "rejected": [{"text": "bad", "scores": [0] * A}]} for i, A in enumerate(aspects)]
-
-
-GOOD = b"".join(json.dumps(pair).encode() + b"\n" for pair in pairs(2, 2, 2, 2))
+SEGMENTS = {"chosen": [{"text": "good", "scores": [1, 2]}, {"text": "!", "scores": [2, 0]}],
+            "rejected": [{"text": "bad", "scores": [0, 1]}]}
+GOOD = b"".join(json.dumps({"prompt": f"Q{i}"} | SEGMENTS).encode() + b"\n" for i in range(4))
 LONG = "x" * 300
 
-# ---- Flags, after --data good.jsonl --init a --out_dir out --steps 1 (init=none: without --init); the message ----
+# ---- Flags, after --data good.jsonl --init a --out_dir out (init=none: without --init) and the message ----
 
 FLAGS = [
-    ("--bata 1", "unrecognized arguments: --bata"), ("--step 3", "unrecognized arguments: --step"),
-    ("--loss", "argument --loss: expected one argument"), ("--beta x", "argument --beta: invalid float value"),
-    ("--compile maybe", "unrecognized arguments: maybe"), ("--loss ipo", "--loss ipo: choose from sft, dpo,"),
-    ("--steps 1e3", "argument --steps: invalid int value: '1e3'"), ("--steps 0", "--steps 0: must be at least 1"),
-    ("--steps 99999999999999999999", "--steps 99999999999999999999: must be at least 1 and below 2^63"),
-    ("--warmup_steps -1", "--warmup_steps -1: must be at least 0"), ("--grad_clip -1", "--grad_clip -1.0"),
-    ("--weight_decay nan", "--weight_decay nan: must be at least 0"), ("--seed -1", "--seed -1"),
-    ("--grad_clip inf", "--grad_clip inf: must be at least 0"), ("--block_size 1", "--block_size 1: must be at"),
-    ("--lr 0", "--lr 0.0: must be positive and finite"), ("--lr nan", "--lr nan"), ("--beta -1", "--beta -1.0"),
+    ("--bata 1", "unrecognized arguments: --bata"), ("--beta x", "argument --beta: invalid float value"),
+    ("--loss ipo", "--loss ipo: choose from sft, dpo,"), ("--steps 0", "--steps 0: must be at least 1"),
+    ("--steps 99999999999999999999", "--steps 99999999999999999999: must be at lea"),
+    ("--warmup_steps -1", "--warmup_steps -1: must be at least 0"),
+    ("--weight_decay nan", "--weight_decay nan: must be at least 0"),
+    ("--lr 0", "--lr 0.0: must be positive and finite"),
     ("--beta inf", "--beta inf: must be positive and finite"), ("--dtype float16", "choose from"),
-    ("--loss dpop --lam -1", "--lam -1.0: must be positive"), ("--loss tdpo2 --alpha nan", "--alpha nan"),
-    ("--device nonsense", "--device nonsense: torch cannot use it here; choose cpu"),
-    ("--device cuda:99", "--device cuda:99: torch cannot use it here; choose cpu"),
-    ("--lam 1", "--lam: would not be read, the loss dpo has none"),
-    ("--rejected_weight score", "--rejected_weight: would not be read, the loss dpo has no segments"),
-    ("--sft_steps 5", "--sft_steps: would not be read, no SFT is run before this one"),
-    ("--loss sft --ref a", "--ref: would not be read, the loss sft has no reference"),
+    ("--loss dpop --lam -1", "--lam -1.0: must be positive"),
+    ("--device nonsense", "--device nonsense: torch cannot use it here;"),
+    ("--device cuda:99", "--device cuda:99: torch cannot use it here;"),
+    ("--lam 1", "--lam: would not be read, the loss dpo has n"),
+    ("--rejected_weight score", "--rejected_weight: would not be read, the lo"),
+    ("--sft_steps 5", "--sft_steps: would not be read, no SFT is ru"),
+    ("--loss sft --ref a", "--ref: would not be read, the loss sft has n"),
     ("--loss 2d-dpo --rejected_weight badness", "--rejected_weight badness: not with 2d-dpo"),
-    ("--loss 2d-dpo --rejected_weight x", "choose from"),
     ("--loss 2d-dpo --aspect_weights a b", "--aspect_weights: could not convert"),
-    ("--loss 2d-dpo --aspect_weights 1.5 -0.5", "--aspect_weights 1.5 -0.5: must be >= 0 and sum to 1"),
-    ("--loss 2d-dpo --aspect_weights nan,1", "must be >= 0 and sum to 1"),
+    ("--loss 2d-dpo --aspect_weights 1.5 -0.5", "--aspect_weights 1.5 -0.5: must be >= 0 and"),
     ("--loss 2d-dpo --aspect_weights 1", "--aspect_weights: 1 weights for 2 aspects"),
-    ("--loss 2d-dpo --val_data aspect.jsonl", "weights for 2 aspects (1 in the held-out pairs)"),
-    ("--loss 2d-dpo --data plain.jsonl", "--loss 2d-dpo: needs scores in every segment of every pair"),
-    # files and folders
-    ("--data", "argument --data: expected at least one argument"),
+    ("--loss 2d-dpo --val_data aspect.jsonl", "weights for 2 aspects (1 in the held-out pai"),
+    ("--loss 2d-dpo --data plain.jsonl", "--loss 2d-dpo: needs scores in every segment"),
     ("--data missing.jsonl", "--data missing.jsonl: no such file"),
-    ("--data good.jsonl missing.jsonl", "--data missing.jsonl: no such file"),
     ("--val_data missing.jsonl", "--val_data missing.jsonl: no such file"),
-    ("--data nothing", "nothing: a folder of 0 data files"), ("--data empty.jsonl", "no pair is left to train on"),
-    ("--data cut.jsonl.gz", "cut.jsonl.gz: Compressed file ended before the end-of-stream marker"),
+    ("--data nothing", "nothing: a folder of 0 data files"),
+    ("--data empty.jsonl", "no pair is left to train on"),
+    ("--data cut.jsonl.gz", "cut.jsonl.gz: Compressed file ended before t"),
     ("--data late.jsonl", "late.jsonl:5: not UTF-8"), ("--data second.jsonl", "second.jsonl:5: not JSON"),
-    ("--data one.jsonl", "one.jsonl:1: no group of pairs is small enough to hold out; pass --val_data"),
-    ("--data good.jsonl/x.jsonl", "good.jsonl/x.jsonl"), (f"--data {LONG}", LONG),
-    ("--init gpt3", "--init gpt3: no such folder; choose one, or a name: gpt2, gpt2-medium"),
-    ("--init good.jsonl", "--init good.jsonl: no such folder"), (f"--init {LONG}", "no such folder"),
-    ("--init nothing", "nothing/config.json: No such file or directory"),  # before a tokenizer is looked for
-    ("--ref nothing", "nothing/config.json: No such file or directory"), ("--ref nowhere", "--ref nowhere: no su"),
+    ("--data one.jsonl", "one.jsonl:1: no group of pairs is small enou"), (f"--data {LONG}", "xxxx"),
+    ("--init gpt3", "--init gpt3: no such folder; choose one, or"), (f"--init {LONG}", "no such folder"),
+    ("--init nothing", "nothing/config.json: No such file or directo"),
+    ("--ref nothing", "nothing/config.json: No such file or directo"),
     ("--ref words", "--ref words: has another tokenizer"),
-    ("--ref other", "--ref other: has another tokenizer"),
-    ("--ref bare", "--ref bare: has 337 token ids"), ("--ref short", "--block_size 64: --ref short has 32"),
+    ("--ref other", "--ref other: has another tokenizer"), ("--ref bare", "--ref bare: has 337 token ids"),
+    ("--ref short", "--block_size 64: --ref short has 32"),
     ("--tokenizer missing.tiktoken", "missing.tiktoken: No such file or directory"),
-    ("--tokenizer gpt4", "tokenizer 'gpt4': is neither gpt2, bytes"),
     ("--tokenizer words", "has 257 token ids, the tokenizer 337"),
     ("--init other --tokenizer bytes", "--init other: has another tokenizer"),
-    ("--init bare --tokenizer bytes", "--init bare: has 337 token ids, the tokenizer 257"),
+    ("--init bare --tokenizer bytes", "--init bare: has 337 token ids, the tokenize"),
     ("--n_layer 3", "--n_layer 3: --init has 1"), ("--block_size 65", "--block_size 65: --init a has 64"),
-    ("--out_dir good.jsonl", "--out_dir good.jsonl: is a file; choose a folder"),
-    ("--out_dir good.jsonl/out", "--out_dir good.jsonl/out"), (f"--out_dir {LONG}", "File name too long"),
-    ("--out_dir a", "--out_dir a: "), ("--out_dir run", "--out_dir run: holds a dpo run; choose --resume"),
+    ("--out_dir good.jsonl", "--out_dir good.jsonl: is a file; choose a fo"),
+    (f"--out_dir {LONG}", "File name too long"), ("--out_dir a", "--out_dir a:"),
+    ("--out_dir run", "--out_dir run: holds a dpo run; choose --res"),
     ("--resume", "--resume: goes with --out_dir FOLDER"),
-    ("--out_dir nothing --resume", "nothing/run.json: No such file or directory; is nothing the folder of a run?"),
+    ("--out_dir nothing --resume", "nothing/run.json: No such file or directory;"),
     ("--out_dir gone --resume", "gone/run.json: No such file or directory"),
-    ("--out_dir run --resume --overwrite", "--resume: goes with --out_dir FOLDER and without --overwrite"),
-    # from scratch
-    ("init=none --n_head 0", "--n_head 0: must be at least 1"), ("init=none --n_embd 30", "not divisible"),
-    ("init=none --n_layer 1000000000", "--n_layer, --n_embd, --block_size: "),
-    ("init=none --block_size 3", "does not fit block_size 3"), ("init=none --sft_steps 0", "--sft_steps 0: must be at least 1"),
-    ("init=none --tokenizer text.tiktoken", "text.tiktoken:1: not a line of a .tiktoken file"),
+    ("--out_dir run --resume --overwrite", "--resume: goes with --out_dir FOLDER and wit"),
+    ("init=none --n_embd 30", "not divisible"),
+    ("init=none --n_layer 1000000000", "--n_layer, --n_embd, --block_size:"),
+    ("init=none --block_size 3", "does not fit block_size 3"),
+    ("init=none --tokenizer text.tiktoken", "text.tiktoken:1: not a line of a .tiktoken f"),
     ("init=none --tokenizer few.tiktoken", "few.tiktoken: 254 single bytes are missing")]
 
 # ---- Model folders: what is done to a copy of a; words of the message, with --init model ----
@@ -138,15 +121,15 @@ def tensors(change):
 WPE, CUT = "transformer.wpe.weight", "model.safetensors: "
 MODELS = [
     (cut("model.safetensors", 20_000), CUT),
-    (lambda folder: [cut("model.safetensors", 20_000)(folder), remove("vocab.json")(folder)], CUT),  # named first
+    (lambda f: [cut("model.safetensors", 20_000)(f), remove("vocab.json")(f)], CUT),  # named first
     (put("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), CUT),
     (put("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), CUT),
     (remove("model.safetensors"), "model.safetensors"), (make_folder("model.safetensors"), CUT),
     (tensors(lambda t: t.pop(WPE)), "wpe.weight"),
     (tensors(lambda t: t[WPE].fill_(math.nan)), "--init model: wpe.weight holds NaN or infinity"),
-    (remove("config.json"), "config.json: No such file or directory"), (cut("config.json", 0), "config.json: "),
+    (remove("config.json"), "config.json: No such file"), (cut("config.json", 0), "config.json: "),
     (put("config.json", b"[" * 10**5), "config.json: "),
-    (edit("config.json", vocab_size=...), "vocab_size"), (edit("config.json", vocab_size=50257), "wte.weight"),
+    (edit("config.json", vocab_size=...), "vocab_size"), (edit("config.json", vocab_size=5), "wte.weight"),
     (edit("config.json", n_head=1.5), "n_head = 1.5"), (edit("config.json", model_type="llama"), "llama"),
     (cut("vocab.json", 0), "vocab.json: not JSON"), (edit("vocab.json", a=...), "vocab.json: "),
     (edit("vocab.json", **{EOT: ...}), EOT), (edit("vocab.json", a=98), "vocab.json")]
@@ -163,13 +146,13 @@ def config_of(**changes):
 
 RUNS = [
     (remove("run.json"), "run.json: No such file or directory; is model the folder of a run?"),
-    (make_folder("run.json"), "run.json: Is a directory"), (cut("run.json", 100), "run.json: damaged (Unterm"),
+    (make_folder("run.json"), "run.json: Is a directory"), (cut("run.json", 100), "run.json: damaged ("),
     (put("run.json", b"\xff\xfe\x00"), "run.json: damaged ("),
-    (put("run.json", b'{"a":' * 10**5), "run.json: damaged ("), (put("run.json", b"[]"), "run.json: damaged ("),
-    (edit("run.json", config=...), "run.json: damaged (no config); start anew, with --overwrite or elsewhere"),
-    (config_of(loss="kto"), "--loss kto: choose from sft"), (config_of(init="gone"), "--init gone: no such folder"),
+    (put("run.json", b'{"a":' * 10**5), "run.json: damaged ("), (put("run.json", b"[]"), "damaged ("),
+    (edit("run.json", config=...), "run.json: damaged (no config); start anew, with --overwrite or elsew"),
+    (config_of(loss="kto"), "--loss kto: choose from sft"), (config_of(init="gone"), "--init gone: no such"),
     (config_of(data=["gone.jsonl"]), "--data gone.jsonl: no such file"),
-    (lambda f: [p.write_bytes(b"{}") for p in f.glob("checkpoints/*")], "model: has no checkpoint that can be read")]
+    (lambda f: [p.write_bytes(b"{}") for p in f.glob("checkpoints/*")], "model: has no checkpoint that ")]
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +165,14 @@ def corpus(tmp_path_factory):
              "few.tiktoken": b"YQ== 0\nYg== 1\n"}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    write_lines(folder / "aspect.jsonl", pairs(1))
-    write_lines(folder / "plain.jsonl", [{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(4)])
+    aspect = {side: [{"text": side, "scores": [1]}] for side in SEGMENTS}
+    write_lines(folder / "aspect.jsonl", [{"prompt": "Q"} | aspect])
+    write_lines(folder / "plain.jsonl", [{"prompt": x, "chosen": "a", "rejected": "b"} for x in "1234"])
     (folder / "nothing").mkdir()
     words = data.Tokenizer(ROOT / "toy" / "toy.tiktoken")
     for name, tokenizer in (("a", BYTES), ("short", BYTES), ("other", BYTES), ("words", words)):
-        GPT(GPTConfig(tokenizer.vocab_size, 32 if name == "short" else 64, 1, 2, 16)).save_pretrained(folder / name)
+        sizes = GPTConfig(tokenizer.vocab_size, 32 if name == "short" else 64, 1, 2, 16)
+        GPT(sizes).save_pretrained(folder / name)
         tokenizer.save(folder / name)
     edit("vocab.json", a=98, b=97)(folder / "other")
     shutil.copytree(folder / "words", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
@@ -213,7 +198,7 @@ def refuse(corpus, monkeypatch, capsys):
             train.main(arguments.split())
         error = capsys.readouterr().err
         assert error.startswith("train.py: error: ") and words in error, error
-        lines = 1 + (words in ("no pair is left to train on", "does not fit block_size 3"))  # counts, and this
+        lines = 1 + (words.startswith(("no pair", "does not fit")))  # counts, and this
         assert len(error.strip().splitlines()) == lines and "Traceback" not in error
         assert listing(corpus) == before
     yield check
@@ -249,22 +234,8 @@ def test_a_damaged_run_is_refused_and_left_as_it_is(number, corpus, refuse):
     refuse("--resume --out_dir model --steps 3", words)
 
 
-@pytest.mark.parametrize("name", ["good.jsonl", "a/config.json", "a/vocab.json", "run/run.json"])
-def test_a_file_without_permission_is_named(name, refuse, monkeypatch):
-    """Injected, because root may read everything."""
-    real = Path.read_bytes
-
-    def read_bytes(path):
-        if str(path).endswith(name):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    flags = "--resume --out_dir run" if "run" in name else "--init a --out_dir out --data good.jsonl"
-    refuse(flags, f"{name}: Permission denied")
-
-
 @pytest.mark.parametrize("error, status, line", [
-    (ConfigError("--x: no"), 2, "train.py: error: --x: no\n"), (DataError("f:1: no"), 2, "train.py: error: f:1: no\n"),
+    (ConfigError("no"), 2, "train.py: error: no\n"), (DataError("no"), 2, "train.py: error: no\n"),
     (ModelError("no"), 2, "train.py: error: no\n"), (RunError("step 3: no"), "train.py: step 3: no", ""),
     (BrokenPipeError(), 0, ""), (KeyboardInterrupt(), 130, "")])
 def test_our_four_kinds_of_error_are_one_line_and_a_closed_pipe_is_no_error(

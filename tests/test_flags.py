@@ -53,32 +53,6 @@ def test_every_field_of_config_and_every_knob_is_a_flag_with_help_and_its_defaul
             assert f"{name} {value}" in texts[knob]
 
 
-def test_every_flag_sets_its_field_and_what_is_not_typed_is_absent():
-    assert flags.parse(Config, []) == {}
-    argv, expected, switches = [], {}, []
-    for i, field in enumerate(dataclasses.fields(Config), 1):
-        kind = str(field.type)
-        if "bool" in kind:
-            switches.append(field.name)
-        elif field.name in ("data", "val_data"):
-            argv += [f"--{field.name}", "one", "more"]
-            expected[field.name] = ("one", "more")
-        elif field.metadata.get("choices"):
-            argv += [f"--{field.name}", field.metadata["choices"][-1]]
-            expected[field.name] = field.metadata["choices"][-1]
-        elif field.name not in ("aspect_weights", "settings"):
-            argv += [f"--{field.name}", str(i)]
-            expected[field.name] = (int if "int" in kind else float if "float" in kind else str)(i)
-    typed = flags.parse(Config, [*argv, "--lam", "3"])
-    assert typed == expected | {"lam": 3.0}
-    assert all(type(typed[name]) is type(value) for name, value in expected.items())
-    assert sorted(switches) == ["compile", "compile_head", "overwrite", "resume"]
-    for prefix, value in (("--", True), ("--no-", False)):
-        assert flags.parse(Config, [prefix + name for name in switches]) == dict.fromkeys(switches, value)
-    for words in (["0.3", "0.7"], ["0.3,0.7"], ["0.3,", "0.7"], ["0.3, 0.7"]):
-        assert flags.parse(Config, ["--aspect_weights", *words]) == {"aspect_weights": (0.3, 0.7)}
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_defaults_are_the_papers_and_sft_has_its_own_and_what_a_loss_does_not_read_is_refused(loss, tmp_path):
     """Defaults of losses stand in their signatures alone."""
@@ -86,8 +60,6 @@ def test_defaults_are_the_papers_and_sft_has_its_own_and_what_a_loss_does_not_re
     assert cfg.settings == knobs_of(LOSSES[loss]) == PAPERS[loss]
     assert (cfg.dtype, cfg.micro_batch_tokens, cfg.n_embd, cfg.block_size) == ("float32", 2048, 128, 256)
     assert (cfg.steps, cfg.lr) == ((150, 2e-3) if loss == "sft" else (40, 5e-5))
-    typed = resolved("--loss", loss, "--out_dir", tmp_path / "x", "--steps", 9, "--lr", 1e-3)
-    assert (typed.steps, typed.lr) == (9, 1e-3)
     segmented = {"aspect_weights": (0.5, 0.5), "rejected_weight": "score"}
     reads = PAPERS[loss] | (segmented if "chosen_rewards" in terms_of(LOSSES[loss]) else {})
     for name, value in ({"beta": 0.1, "lam": 50.0, "alpha": 0.5} | segmented).items():
@@ -137,20 +109,16 @@ def test_the_first_record_and_run_json_hold_what_repeats_the_run_and_the_last_fi
     """Config without gaps, versions, device, hashes; the table holds the first and the last evaluation."""
     metrics, folder, head, _, evals = run(tmp_path, "tdpo1", init=model_a, seed=3, steps=3, lr=1e-2,
                                           dtype="float64")
-    settings = knobs_of(LOSSES["tdpo1"])
-    cfg = Config(**{k: v for k, v in head["config"].items() if k not in settings})
+    cfg = Config(**{k: v for k, v in head["config"].items() if k != "beta"})
     assert (cfg.seed, head["config"]["beta"], cfg.steps, cfg.block_size) == (3, 0.1, 3, 64)
     assert (cfg.device, cfg.dtype, cfg.init, cfg.ref) == ("cpu", "float64", model_a, model_a)
     assert head["torch"] == torch.__version__ and head["python"] == ".".join(map(str, sys.version_info[:3]))
-    start = GPT.from_pretrained(model_a)
     assert head["device"].startswith("CPU, ") and (head["pairs"], head["held_out"]) == (8, 8)
+    start, identity, out = GPT.from_pretrained(model_a), head["identity"], capsys.readouterr().out
     assert head["parameters"] == sum(w.numel() for w in start.parameters())  # without rows that pad the table
-    start = start.double()
-    assert head["identity"]["ref"] == head["identity"]["init"] == weights_hash(start)
-    assert head["identity"]["tokenizer"] == BYTES.hash and len(head["identity"]["data"]) == 64
-    written = read_run(folder)
-    assert written["finished"] == 3 and written["identity"] == head["identity"]
-    out = capsys.readouterr().out
+    assert identity["ref"] == identity["init"] == weights_hash(start.double())
+    assert identity["tokenizer"] == BYTES.hash and len(identity["data"]) == 64
+    assert read_run(folder)["finished"] == 3 and read_run(folder)["identity"] == identity
     assert data.Tokenizer(folder).hash == BYTES.hash and GPT.from_pretrained(folder).config == start.config
     again, *_ = run(tmp_path, "tdpo1", init=folder, ref=model_a, dtype="float64", lr=1e-30,
                     out_dir=tmp_path / "again")
@@ -174,29 +142,27 @@ def test_a_run_gets_a_folder_of_its_own_which_is_said_and_each_start_one_folder_
         out = capsys.readouterr().out
         made = re.search(r"first a start, by SFT on the chosen responses, into (\S+)\n", out)
         used = re.search(r"the start is the SFT model in (\S+), made by an earlier run\n", out)
-        placed = re.search(r"^(\S+) is taken: this run goes into (\S+); --overwrite", out, re.MULTILINE)
         assert out.count("a random model of 1 layers is trained, as a demonstration. For GPT-2: python "
                          "train.py --init gpt2; for any other model: python ports/huggingface.py --init N") == 1
-        headline = re.search(r"^dpop? in (\S+): [\d,]+ parameters, 8 pairs, 1 steps of 8,", out, re.MULTILINE)
-        if placed:  # said at the start
-            assert placed[1] == "out/dpo" and placed[2] == headline[1] and placed.start() < headline.start()
-        seen.append((headline[1], (made or used)[1], bool(made)))
-    assert (starts := [start for _, start, _ in seen])[0] == "out/sft" and starts[2] == starts[5]
-    assert len(set(starts)) == 4 and all(re.fullmatch(r"out/sft-[0-9a-f]{8}", s) for s in starts[2:])
-    assert [made for *_, made in seen] == [True, False, True, True, True, False]
-    assert [place for place, *_ in seen] == ["out/dpo", "out/dpop", "out/dpo-2", "out/dpo-3", "out/dpo-4",
-                                             "out/dpo-5"]
+        place = re.search(r"^dpop? in (\S+): [\d,]+ parameters, 8 pairs, 1 steps of 8,", out, re.MULTILINE)[1]
+        if place not in ("out/dpo", "out/dpop"):  # said at the start
+            assert out.index(f"out/dpo is taken: this run goes into {place}; --over") < out.index("SFT")
+        seen.append((place, (made or used)[1], bool(made)))
+    places, starts, made = zip(*seen, strict=True)
+    assert places == ("out/dpo", "out/dpop", "out/dpo-2", "out/dpo-3", "out/dpo-4", "out/dpo-5")
+    assert starts[0] == starts[1] == "out/sft" and starts[2] == starts[5] and len(set(starts)) == 4
+    assert all(re.fullmatch(r"out/sft-[0-9a-f]{8}", start) for start in starts[2:])
+    assert made == (True, False, True, True, True, False)
     start = str(Path("out/sft").resolve())  # in full: run.json is read from other folders too
     assert [read_log("out/dpo")[0]["config"][name] for name in ("init", "ref")] == [start, start]
     sft = read_log("out/sft")[0]["config"]
     assert (sft["loss"], sft["steps"], sft["lr"]) == ("sft", 2, 2e-3)
     Path("new").mkdir()
     Path("new/sft").write_text("mine")
-    train.main([*common, "--out_dir", "new/dpo"])
-    train.main([*common, "--out_dir", "other/sft"])
+    for place in ("new/dpo", "other/sft"):
+        train.main([*common, "--out_dir", place])
+        assert len(list(Path(place).parent.glob("sft-*/run.json"))) == 1
     assert Path("new/sft").read_text() == "mine"
-    for name in ("new/sft-*/run.json", "other/sft-*/run.json"):
-        assert len(list(tmp_path.glob(name))) == 1
 
 
 def test_sft_says_what_to_type_next_and_that_works_and_progress_is_shown_on_a_terminal_only(
@@ -215,19 +181,16 @@ def test_sft_says_what_to_type_next_and_that_works_and_progress_is_shown_on_a_te
 
 
 def test_the_run_without_data_works_offline_from_any_folder(tmp_path, monkeypatch, capsys):
-    """Shortened. Opening a connection is an error; 0.6931 before the first step, the table, two prompts with
-    two answers each, what to type next."""
-    def no_network(*args):
-        raise AssertionError(f"network: {args}")
-    monkeypatch.setattr(socket.socket, "connect", no_network)
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    """Shortened. Opening a connection is an error; what is printed comes in its order."""
+    for place in (socket.socket, socket):
+        monkeypatch.delattr(place, "connect" if place is socket.socket else "getaddrinfo")
     monkeypatch.chdir(tmp_path)
     train.main("--steps 1 --sft_steps 1 --device cpu --n_layer 1 --n_embd 16 --eval_every 0".split())
     out = capsys.readouterr().out
     assert "demonstration" not in out
     places = [out.rindex(x) for x in (
         "first a start, by SFT", "before the first step: loss 0.6931 = log 2", "step     1  loss 0.6931",
-        "\n400 held-out pairs", "\nsaved in out/dpo: ", "\nnext: python sample.py out/dpo --heat --prompt 'Rev")]
+        "\n400 held-out pairs", "\nsaved in out/dpo: ", "\nnext: python sample.py out/dpo --heat --prompt ")]
     assert places == sorted(places)
 
 
@@ -240,4 +203,3 @@ def test_an_evaluation_says_what_usually_means_a_mistake(step, chosen, margin, a
     m = {"logratio/chosen": chosen, "rewards/margins": margin, "rewards/accuracies": accuracy}
     note = report.remark(step, m, 10)
     assert note.startswith(words) and bool(note) == bool(words)
-    assert report.remark(step, m | {"logratio/chosen": chosen / 100}, 10) == (note if "lost" not in note else "")

@@ -1,6 +1,6 @@
 """Several ranks: the same numbers as one process, one writer, an end to every failure.
 
-torchrun starts this file as a script in two ranks, once: they train RUNS in turn, and the last one ends badly.
+torchrun starts this file as a script in two ranks, once: they train RUNS in turn; the last one ends badly.
 """
 
 import json
@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from test_train import arguments, make_records, save_model, write_lines
 
 import train
-from model import GPT
 from plumbing import folder as run_folder
 from plumbing import ranks
 from plumbing.errors import ConfigError, RunError
@@ -31,11 +30,11 @@ COMMON = {"data": "data.jsonl", "val_data": "val.jsonl", "device": "cpu", "dtype
           "lr": 1e-3, "warmup_steps": 2, "save_every": 1, "eval_every": 1, "log_every": 1, "head_tokens": 30,
           "batch_size": 7, "micro_batch_size": 1}
 FOLDERS = {"init": "init", "ref": "ref"}
-# 7 pairs for 2 ranks: uneven shares, a stand-in micro-batch; the epoch of 11 pairs ends in step 2, after which
-# the reference knows some pairs of a micro-batch on one rank only.
+# 7 pairs for 2 ranks: uneven shares, a stand-in micro-batch; the epoch of 11 pairs ends in step 2, after
+# which the reference knows some pairs of a micro-batch on one rank only.
 RUNS = {  # name: (flags, the signal that rank 1 gets in step 2)
     "dpo": (FOLDERS | {"grad_clip": 0.1, "weight_decay": 0.1}, None),
-    "tdpo2": ({"loss": "tdpo2", "tokenizer": "bytes", "n_layer": 2, "n_head": 2, "n_embd": 10, "block_size": 64,
+    "tdpo2": ({"loss": "tdpo2", "tokenizer": "bytes", "n_head": 2, "n_embd": 10, "block_size": 64,
                "sft_steps": 2, "micro_batch_size": 4}, None),  # its start is made by SFT
     "stopped": (FOLDERS | {"grad_clip": 0.1, "weight_decay": 0.1}, signal.SIGTERM),
     "locked": (FOLDERS, None),  # another process writes there
@@ -74,7 +73,7 @@ def as_rank():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The folder in which two ranks trained RUNS: NAME/run, output.txt; and one process dpo and tdpo2: one/NAME."""
+    """The folder in which two ranks trained RUNS: NAME/run, output.txt; and one process: one/NAME/run."""
     place = tmp_path_factory.mktemp("ranks")
     for name, n in (("data", 11), ("val", 2)):
         write_lines(place / f"{name}.jsonl", make_records(n, seed=n))
@@ -88,7 +87,7 @@ def place(tmp_path_factory):
         done = subprocess.run(command, cwd=place, env=env, text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=900)
     (place / "output.txt").write_text(done.stdout)
-    assert done.returncode and "SIGKILL" in done.stdout, done.stdout[-3000:]  # torchrun names how rank 1 ended
+    assert done.returncode and "SIGKILL" in done.stdout, done.stdout[-3000:]  # says torchrun of rank 1
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for name in ("dpo", "tdpo2"):
@@ -164,24 +163,6 @@ def test_bad_input_is_one_line_once_and_a_rank_that_dies_ends_the_run_with_its_l
 
 
 # ---- In one process ----
-
-
-def test_one_process_has_neither_group_nor_wrapper(tmp_path, monkeypatch):
-    kept, real = [], train.train
-    monkeypatch.chdir(tmp_path)
-    for name in ("data", "val"):
-        write_lines(tmp_path / f"{name}.jsonl", make_records(2))
-    for seed, name in enumerate(FOLDERS):
-        save_model(tmp_path / name, seed)
-    monkeypatch.setattr(train, "train", lambda *args: kept.extend(args) or real(*args))
-    train.main(flags("lost", steps=1))
-    assert not torch.distributed.is_initialized()
-    assert type(kept[0]) is GPT and type(kept[1].model) is GPT
-    micros, rows = [np.arange(3)], {}
-    [(micro, weight)] = ranks.share(micros[0], lambda _: micros)
-    assert micro is micros[0] and weight == 1
-    ranks.reduce_gradients(None, now=True)  # asks nothing of the model
-    assert ranks.gather(rows, 3) is rows
 
 
 def test_where_rank_0_fails_the_others_stop_too(monkeypatch):
