@@ -459,7 +459,7 @@ def pair_terms(batch, pairs, logps, ref_logps, kl, aspect_weights=None):
             sums = segment_sum(values, place, math.prod(shape)).view(shape)
             terms[name.format("chosen")], terms[name.format("rejected")] = sums.unbind(1)
     if A:
-        scores = batch.scores[pairs].to(logps.dtype)  # (B, 2, S, A)
+        scores = batch.scores[pairs].to(sums.dtype)  # (B, 2, S, A)
         weights = [1 / A] * A if aspect_weights is None else aspect_weights
         weights = torch.stack([scores.new_full((), float(w)) for w in weights])  # filled there, not copied
         rewards = segment_rewards(scores, weights)  # (B, 2, S)
