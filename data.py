@@ -23,15 +23,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from losses import segment_rewards, segment_sum
-
-
-class DataError(ValueError):
-    """Malformed input: the message says what, where (file:line) and what to do."""
-
-
-class UnusablePair(DataError):
-    """A well-formed pair that cannot be trained on: it is dropped and counted, by this reason."""
-
+from plumbing.errors import DataError, UnusablePair
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -145,7 +137,7 @@ def segments_of(tokenizer, ids, segments):
 
     A token belongs to the segment that holds its last byte; end-of-text joins the last segment.
     """
-    scores = np.array([scores or [] for _, scores in segments], dtype=np.float32)
+    scores = np.array([scores or [] for _, scores in segments], dtype=np.float64)
     of_token = np.zeros(len(ids), dtype=np.int32)
     if len(segments) > 1:
         ends = np.cumsum([len(text.encode()) for text, _ in segments])  # the byte after each segment
@@ -159,6 +151,9 @@ def segments_of(tokenizer, ids, segments):
 # A data set
 
 
+ROW = np.dtype([(name, np.int64) for name in ("at", "P", "C", "R", "segment_at", "S_w", "S_l")])
+
+
 @dataclass
 class Pairs:
     """Pairs in flat arrays: memory is linear in the ids, and no Python object per token is kept.
@@ -167,12 +162,12 @@ class Pairs:
     """
     ids: np.ndarray  # (tokens,) of all pairs: prompt, chosen, rejected
     segments: np.ndarray  # (segments,) tokens of each segment of all pairs: chosen, rejected
-    scores: np.ndarray  # (segments, A)
-    rows: np.ndarray  # (n, 7), of a pair: its place in ids, P, C, R; its place in segments, S_w, S_l
+    scores: np.ndarray  # (segments, A), float64
+    rows: np.ndarray  # (n,) of ROW: where a pair's ids begin, P, C, R; where its segments begin, S_w, S_l
     where: list  # (n,) file:line
 
     def __post_init__(self):
-        self.lengths = self.rows[:, 1:4].sum(-1)  # (n,) P + C + R
+        self.lengths = self.rows["P"] + self.rows["C"] + self.rows["R"]  # (n,)
         self.n_aspects = self.scores.shape[-1]
 
     def __len__(self):
@@ -189,8 +184,16 @@ class Pairs:
 
     def keys(self, first, end):
         """A hash of each pair's ids between two of its edges: 0 prompt 1 chosen 2 rejected 3."""
-        edges = self.rows[:, :4].cumsum(-1)[:, [first, end]]
+        edges = np.stack([self.rows[name] for name in ("at", "P", "C", "R")], -1).cumsum(-1)[:, [first, end]]
         return [hashlib.sha256(self.ids[a:b]).digest() for a, b in edges]
+
+    def hash(self, *names):
+        """A hash of these fields of all pairs, in their order."""
+        h = hashlib.sha256()
+        for pair in self:
+            for name in names:
+                h.update(getattr(pair, name).tobytes() + b"|")
+        return h.hexdigest()
 
     def select(self, index):
         """The pairs of an index array; the ids are shared."""
@@ -198,49 +201,51 @@ class Pairs:
 
     def chosen_only(self):
         """The pairs without their rejected responses and scores: rows of SFT."""
-        return replace(self.without_scores(), rows=self.rows * [1, 1, 1, 0, 1, 1, 0])
+        rows = self.rows.copy()
+        rows["R"] = rows["S_l"] = 0
+        return replace(self.without_scores(), rows=rows)
 
     def without_scores(self):
         """The pairs for a loss that sums over whole responses."""
-        return replace(self, scores=np.zeros((len(self.segments), 0), dtype=np.float32))
+        return replace(self, scores=np.zeros((len(self.segments), 0)))
 
     def score_maximum(self):
         """The largest score of each aspect on either side, (A,); 1 where an aspect is 0 throughout."""
-        top = np.max([self.scores[k:k + S_w + S_l].max(0) for k, S_w, S_l in self.rows[:, 4:]], axis=0)
-        return np.where(top > 0, top, 1).astype(np.float32)
+        top = np.max([np.concatenate([p.chosen_scores, p.rejected_scores]).max(0) for p in self], axis=0)
+        return np.where(top > 0, top, 1)
 
-    def normalised(self, maximum, badness=False, dtype=np.float32):
+    def normalised(self, maximum, badness=False):
         """The pairs with their scores divided by `maximum` (A,). badness: 1 - score on the rejected side."""
-        scores = self.scores.astype(dtype) / maximum.astype(dtype)
+        scores = self.scores / maximum
         if badness:
-            rejected = np.concatenate([np.arange(k + S_w, k + S_w + S_l) for k, S_w, S_l in self.rows[:, 4:]])
-            scores[rejected] = 1 - scores[rejected]
+            for _, _, _, _, k, S_w, S_l in self.rows.tolist():
+                scores[k + S_w:k + S_w + S_l] = 1 - scores[k + S_w:k + S_w + S_l]
         return replace(self, scores=scores)
 
 
 def pack(pairs):
     """An iterable of Pair -> Pairs."""
-    ids, segments, scores, rows, where, aspects = array("i"), array("i"), array("f"), array("q"), [], set()
+    ids, segments, scores, rows, where, aspects = array("i"), array("i"), array("d"), [], [], set()
     for p in pairs:
-        rows.extend([len(ids), len(p.prompt), len(p.chosen), len(p.rejected),
-                     len(segments), len(p.chosen_scores), len(p.rejected_scores)])
-        for part in (p.prompt, p.chosen, p.rejected):
-            ids.frombytes(part.tobytes())
+        rows.append((len(ids), len(p.prompt), len(p.chosen), len(p.rejected),
+                     len(segments), len(p.chosen_scores), len(p.rejected_scores)))
+        for side in (p.prompt, p.chosen, p.rejected):
+            ids.frombytes(side.tobytes())
         for segment, score in ((p.chosen_segment, p.chosen_scores), (p.rejected_segment, p.rejected_scores)):
             segments.extend(np.bincount(segment, minlength=len(score)).tolist())
             scores.frombytes(score.tobytes())
         aspects.add(p.chosen_scores.shape[-1])
         where.append(p.where)
     if len(aspects) > 1:
-        aspects, scores = {0}, array("f")
+        aspects, scores = {0}, array("d")
     return Pairs(np.array(ids), np.array(segments), np.array(scores).reshape(len(segments), *aspects),
-                 np.array(rows).reshape(-1, 7), where)
+                 np.array(rows, dtype=ROW), where)
 
 
-def load(paths, tokenizer, block_size):
+def load(paths, tokenizer, block_size, alone=False):
     """Read, check and tokenise data files -> (Pairs, lines to print). DataError lists what is malformed."""
     from plumbing import formats
-    return formats.load(paths, tokenizer, block_size)
+    return formats.load(paths, tokenizer, block_size, alone)
 
 
 def hold_out(pairs, fraction=0.1, at_most=256):
@@ -373,6 +378,8 @@ class Batch:
 
 def move(x, device):
     """A tensor of the CPU on a device; from pinned memory, so that a copy to a GPU waits for no kernel."""
+    if torch.device(device).type == "mps" and x.dtype == torch.float64:  # which mps lacks
+        x = x.float()
     if torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -438,11 +445,11 @@ def collate(pairs, multiple=1, packed=False):
 # Batch -> the arguments of a loss
 
 
-def pair_terms(batch, pairs, logps, ref_logps, kl, aspect_weights=None):
-    """All that a loss may ask for by name, for a slice of the pairs of a batch, B of them.
+def pair_terms(batch, pairs, aspect_weights=(), **tokens):
+    """All that a loss may ask for by name (losses.TERMS), for a slice of the pairs of a batch, B of them.
 
-    Args: batch; pairs, a slice, as from Batch.chunks; logps, ref_logps, kl (N,), of each response token of
-    these pairs, the last two None where they are not known; aspect_weights W (A,), by default uniform.
+    Args: batch; pairs, a slice, as from Batch.chunks; aspect_weights W (A,), by default uniform; tokens,
+    those of logps, ref_logps and kl that are known, (N,), of each response token of these pairs.
     Returns {name: tensor}: log-probabilities and KLs are sums over the response, (B,). Where the pairs have
     scores they are sums over each segment, (B, S), and there are rewards and masks, (B, S), too.
     """
@@ -454,14 +461,14 @@ def pair_terms(batch, pairs, logps, ref_logps, kl, aspect_weights=None):
         place, shape = batch.response[n] - 2 * pairs.start, (B, 2)
 
     terms = {}
-    for name, values in (("{}_logps", logps), ("ref_{}_logps", ref_logps), ("{}_seq_kl", kl)):
-        if values is not None:
-            sums = segment_sum(values, place, math.prod(shape)).view(shape)
-            terms[name.format("chosen")], terms[name.format("rejected")] = sums.unbind(1)
+    for name, values in tokens.items():
+        name = {"logps": "{}_logps", "ref_logps": "ref_{}_logps", "kl": "{}_seq_kl"}[name]
+        sums = segment_sum(values, place, math.prod(shape)).view(shape)
+        terms[name.format("chosen")], terms[name.format("rejected")] = sums.unbind(1)
     if A:
-        scores = batch.scores[pairs].to(sums.dtype)  # (B, 2, S, A)
-        weights = [1 / A] * A if aspect_weights is None else aspect_weights
-        weights = torch.stack([scores.new_full((), float(w)) for w in weights])  # filled there, not copied
+        scores = batch.scores[pairs]  # (B, 2, S, A)
+        weights = aspect_weights or [1 / A] * A
+        weights = torch.stack([scores.new_full((), w) for w in weights])  # filled there, not copied
         rewards = segment_rewards(scores, weights)  # (B, 2, S)
         terms["chosen_rewards"], terms["rejected_rewards"] = rewards.unbind(1)
         terms["chosen_mask"], terms["rejected_mask"] = batch.segment_mask[pairs].unbind(1)

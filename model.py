@@ -16,9 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-
-class ModelError(ValueError):
-    """A configuration, a weights file or a request that this model cannot serve: one line for the user."""
+from plumbing.errors import ModelError
 
 
 @dataclass

@@ -8,70 +8,74 @@ B pairs, T columns, N response tokens, C channels, V vocabulary.
 
 from plumbing import machine  # isort: skip  (before torch, which reads these settings when it is imported)
 
-import functools
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
 
 from data import TILE, collate, micro_batches, pair_terms, step_indices
-from losses import LOSSES, knobs_of, terms_of, token_kl, token_logps
+from losses import LOSSES, terms_of, token_kl, token_logps
 from model import GPT, GPTConfig
-from plumbing import flags, ranks, report
-from plumbing.folder import Run, find_sft, identity_of, weights_hash
+from plumbing import flags, folder, ranks, report
 from plumbing.reference import Memory, Reference, no_reference
+
+
+def knob(value, text, at_least=None, choices=None):
+    """A field of Config: its default, its help, its least value, its choices."""
+    return field(default=value, metadata={"help": text, "at_least": at_least, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
+    """The flags. A default of None is decided by the start, the loss or the machine, as its text says."""
     # what to train
-    loss: str = "dpo"  # a name in losses.LOSSES: sft, dpo, dpop, tdpo1, tdpo2, 2d-dpo, 2d-dpo-vanilla
-    init: str | None = None  # the start: a model folder or a name (gpt2, ...); default: SFT made first
-    ref: str | None = None  # the reference: a model folder or a name; default: the start
-    out_dir: str | None = None  # folder of the run; default: out/LOSS, or out/LOSS-2, ... where that is taken
-    resume: bool = False  # go on with the run in --out_dir; flags not given again stay as they were
-    overwrite: bool = False  # replace the run in --out_dir
-    seed: int = 0  # of initial weights, order of pairs and samples
+    loss: str = knob("dpo", "a name in losses.LOSSES: " + ", ".join(LOSSES))
+    settings: dict = field(default_factory=dict)  # the loss's hyper-parameters, see its signature
+    init: str | None = knob(None, "the start: a model folder or a name (gpt2, ...); default: SFT made first")
+    ref: str | None = knob(None, "the reference: a model folder or a name; default: the start")
+    out_dir: str | None = knob(None, "folder of the run; default: the first free of out/LOSS, out/LOSS-2 ...")
+    resume: bool = knob(False, "go on with the run in --out_dir; flags not given again stay as they were")
+    overwrite: bool = knob(False, "replace the run in --out_dir")
+    seed: int = knob(0, "of initial weights, order of pairs and samples", 0)
     # the data
-    data: tuple = ()  # files or folders of pairs; default: the toy reviews
-    val_data: tuple = ()  # held-out pairs; default: 10 % of --data (at most 256 pairs), split by prompt
-    tokenizer: str | None = None  # gpt2, bytes, FILE.tiktoken or FOLDER; default: --init's, or gpt2
+    data: tuple = knob((), "files of pairs (tools/convert.py makes them); default: the toy reviews")
+    val_data: tuple = knob((), "held-out pairs; default: 10 % of --data (at most 256 pairs), split by prompt")
+    tokenizer: str | None = knob(None, "gpt2, bytes, FILE.tiktoken or FOLDER; default: --init's, or gpt2")
     # optimization
-    steps: int | None = None  # optimizer steps; default 40, sft 150
-    batch_size: int = 64  # pairs in an optimizer step
-    micro_batch_size: int | None = None  # most pairs in a forward pass; default: as the tokens allow
-    micro_batch_tokens: int | None = None  # most tokens there, padding included; default 2048, 32768 on cuda
-    lr: float | None = None  # AdamW's learning rate; default 5e-5, sft 2e-3: for small models from scratch
-    warmup_steps: int = 10  # of linear warm-up; constant after it, so that --steps may grow
-    weight_decay: float = 0.0  # of matrices; biases and LayerNorm have none
-    grad_clip: float = 1.0  # largest gradient norm; 0 = never clip
-    sft_steps: int | None = None  # steps of the SFT that makes the start; default 150
-    sft_lr: float | None = None  # its learning rate; default 2e-3
-    # the loss
-    beta: float | None = None  # 1/nats, larger stays closer to the reference; default 0.1, dpop 0.3
-    lam: float | None = None  # dpop: weight of the penalty; default 50
-    alpha: float | None = None  # tdpo2: weight of the KL difference; default 0.5
-    aspect_weights: tuple = ()  # 2d-dpo: weight of each aspect, sum 1; default uniform
-    rejected_weight: str | None = None  # 2d-dpo-vanilla: score (as printed, default) or badness = 1 - score
-    # the model, where there is no --init
-    n_layer: int | None = None  # default 2
-    n_head: int | None = None  # default 4
-    n_embd: int | None = None  # channels; default 128
-    block_size: int | None = None  # positions: prompt + longer response; default 256, or that of --init
+    steps: int = knob(40, "optimizer steps; sft: --sft_steps", 1)
+    batch_size: int = knob(64, "pairs in an optimizer step", 1)
+    micro_batch_size: int = knob(0, "most pairs in a forward pass; 0 = as the tokens allow", 0)
+    micro_batch_tokens: int | None = knob(None, "most tokens there, with padding; default 2048, cuda 2^15", 1)
+    lr: float = knob(5e-5, "AdamW's learning rate, for small models from scratch; sft: --sft_lr")
+    warmup_steps: int = knob(10, "of linear warm-up; constant after it, so that --steps may grow", 0)
+    weight_decay: float = knob(0.0, "of matrices; biases and LayerNorm have none", 0)
+    grad_clip: float = knob(1.0, "largest gradient norm; 0 = never clip", 0)
+    sft_steps: int = knob(150, "steps of the SFT that makes the start", 1)
+    sft_lr: float = knob(2e-3, "its learning rate")
+    # losses on segments
+    aspect_weights: tuple = knob((), "weight of each aspect, sum 1; default uniform")
+    rejected_weight: str = knob("score", "2d-dpo-vanilla: score (as printed) or badness = 1 - score",
+                                choices=("score", "badness"))
+    # the model; with --init, the start's
+    n_layer: int = knob(2, "transformer blocks", 1)
+    n_head: int = knob(4, "attention heads", 1)
+    n_embd: int = knob(128, "channels", 1)
+    block_size: int = knob(256, "positions: prompt + longer response", 2)
     # logging
-    eval_every: int = 20  # steps between evaluations on the held-out pairs; 0 = first and last only
-    save_every: int = 500  # steps between checkpoints; 0 = last only
-    log_every: int = 5  # steps between log lines
+    eval_every: int = knob(20, "steps between evaluations on the held-out pairs; 0 = first and last only", 0)
+    save_every: int = knob(500, "steps between checkpoints; 0 = last only", 0)
+    log_every: int = knob(5, "steps between log lines", 1)
     # the machine
-    device: str | None = None  # cpu, cuda, cuda:N, mps, ...; default: cuda where there is one, else cpu
-    dtype: str | None = None  # float32, bfloat16 (autocast), float64; default bfloat16 on cuda, else float32
-    compile: bool | None = None  # torch.compile the trunk; default: on cuda, over 10 000 ids, with a compiler
-    compile_head: bool | None = None  # and the head; default: as --compile, or on the cpu over 10 000 ids
-    pack: bool | None = None  # pairs back to back in one row; default: on cuda, where the trunk is compiled
-    head_tokens: int | None = None  # response tokens with logits at once; default: 2^24 logits, 2^28 on cuda
+    device: str | None = knob(None, "cpu, cuda, cuda:N, mps, ...; default: cuda where there is one, else cpu")
+    dtype: str | None = knob(None, "bfloat16 is autocast; default bfloat16 on cuda, else float32",
+                             choices=("float32", "bfloat16", "float64"))
+    compile: bool | None = knob(None, "torch.compile the trunk; default: on cuda, over 10 000 ids")
+    compile_head: bool | None = knob(None, "and the head; default: as --compile, or over 10 000 ids")
+    pack: bool | None = knob(None, "pairs back to back in one row; default: on cuda, if compiled")
+    head_tokens: int | None = knob(None, "response tokens in a chunk; default 2^24 logits, cuda 2^28", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -86,53 +90,46 @@ def precision(cfg):
 
 def hidden_states(model, batch, cfg):
     """The trunk: the hidden state that predicts each response token of a batch, (N, C)."""
-    if cfg.compile:
-        machine.compile_blocks(model, dynamic=not cfg.pack)  # packed rows have one length
     with precision(cfg):
         hidden = model(batch.tokens, batch.positions, batch.mask())  # (G, T, C)
     row, column = batch.source
     return hidden[row, column]
 
 
-def head(policy, hidden, target, reference=None, ref_hidden=None):
-    """Hidden states (N, C) of response tokens -> log pi, log pi_ref, KL(pi_ref || pi), each (N,).
+def head(policy, hidden, target, **ref):
+    """Hidden states (N, C) of response tokens -> {"logps": log pi, and of the reference what is known}, (N,).
 
-    The last two are None without the reference's hidden states.
+    ref: nothing; ref_logps (N,), which is handed on; or ref_hidden (N, C) and the reference, whose head then
+    runs here and adds "ref_logps" and "kl", KL(pi_ref || pi).
     """
     centered = torch.is_autocast_enabled(hidden.device.type)  # in bfloat16, where large logits lose digits
     logits = policy.logits(hidden, centered)  # (N, V); nothing of this size outlives a chunk
     logps = token_logps(logits, target)
-    if ref_hidden is None:
-        return logps, None, None
+    if "ref_hidden" not in ref:
+        return {"logps": logps} | ref
     with torch.no_grad():
-        ref_logits = reference.logits(ref_hidden, centered)  # (N, V)
+        ref_logits = ref["reference"].logits(ref["ref_hidden"], centered)  # (N, V)
         ref_logps = token_logps(ref_logits, target)
-    return logps, ref_logps, token_kl(ref_logits, logits)
+    return {"logps": logps, "ref_logps": ref_logps, "kl": token_kl(ref_logits, logits)}
 
 
-def part(x, n):
-    """x[n], where there is an x."""
-    return None if x is None else x[n]
-
-
-def run_head(cfg, *args):
+def run_head(cfg, *args, **ref):
     """`head`, compiled or not, in the run's precision."""
     with precision(cfg):
-        return (machine.compiled(head) if cfg.compile_head else head)(*args)
+        return (machine.compiled(head) if cfg.compile_head else head)(*args, **ref)
 
 
 @torch.no_grad()
 def response_logps(model, batch, cfg):
     """log pi(y_t | x, y_<t) of every response token of a batch, (N,), without a gradient."""
     hidden = hidden_states(model, batch, cfg)  # (N, C)
-    return torch.cat([run_head(cfg, model, hidden[n], batch.target[n])[0]
+    return torch.cat([run_head(cfg, model, hidden[n], batch.target[n])["logps"]
                       for _, n in batch.chunks(cfg.head_tokens)])
 
 
 def call(loss, terms, cfg):
     """The loss of some pairs, (B,). Its signature says which terms and which hyper-parameters it takes."""
-    knobs = {name: getattr(cfg, name) for name in knobs_of(loss)}
-    return loss(**{name: terms[name] for name in terms_of(loss)}, **knobs)
+    return loss(**{name: terms[name] for name in terms_of(loss)}, **cfg.settings)
 
 
 def step(policy, reference, batch, loss, scale, cfg):
@@ -142,20 +139,19 @@ def step(policy, reference, batch, loss, scale, cfg):
     backward into the hidden states: a pair's loss needs only its own tokens, so this is exact, and the
     logits of the whole batch never exist. One backward through the trunk ends it.
 
-    Args: policy, the GPT that learns; reference, a plumbing.reference.Reference; batch, a data.Batch; loss,
-    a function of losses.py; scale, or None: numbers only, no gradient; cfg, a Config.
+    Args: policy, the GPT that learns; reference, a plumbing.reference.Reference or no_reference; batch, a
+    data.Batch; loss, a function of losses.py; scale, or None: numbers only, no gradient; cfg, a Config.
     Returns {name: (B,)}: loss, the terms of losses.py by name (segments summed), the pairs' numbers.
     """
     hidden = hidden_states(policy, batch, cfg)                          # (N, C)
     with_kl = scale is None or "chosen_seq_kl" in terms_of(loss)        # numbers always include the KL
-    ref_logps, ref_hidden = reference(batch, with_kl)                   # (N,) remembered, or (N, C) for a KL
+    ref = reference(batch, with_kl)                                     # (N,) remembered, or (N, C) for a KL
     grad, rows = torch.zeros_like(hidden), []
     for pairs, n in batch.chunks(cfg.head_tokens):                      # whole pairs; the logits of one chunk
         leaf = hidden[n].detach().requires_grad_(scale is not None)
-        logps, live_ref_logps, kl = run_head(cfg, policy, leaf, batch.target[n], reference.model,
-                                             part(ref_hidden, n))
-        known = part(ref_logps, n) if live_ref_logps is None else live_ref_logps
-        terms = pair_terms(batch, pairs, logps, known, kl, cfg.aspect_weights or None)
+        ref_n = {name: x[n] if torch.is_tensor(x) else x for name, x in ref.items()}
+        tokens = run_head(cfg, policy, leaf, batch.target[n], **ref_n)  # {name: (n,)}
+        terms = pair_terms(batch, pairs, cfg.aspect_weights, **tokens)
         value = call(loss, terms, cfg)                                  # (pairs,)
         if scale is not None:
             (scale * value.sum()).backward()
@@ -164,8 +160,7 @@ def step(policy, reference, batch, loss, scale, cfg):
         rows.append({name: x.detach().reshape(len(value), -1).sum(-1) for name, x in terms.items()})
     if scale is not None:
         hidden.backward(grad)                                           # once through the trunk
-    rows = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    return rows | {"pair": batch.pair}
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | {"pair": batch.pair}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -212,7 +207,7 @@ def metrics(t, cfg):
     if "ref_chosen_logps" in t:
         m["logratio/chosen"] = t["chosen_logps"] - t["ref_chosen_logps"]
         m["logratio/rejected"] = t["rejected_logps"] - t["ref_rejected_logps"]
-        beta = getattr(cfg, "beta", None) or 1.0
+        beta = cfg.settings.get("beta", 1.0)
         m["rewards/chosen"] = beta * m["logratio/chosen"]
         m["rewards/rejected"] = beta * m["logratio/rejected"]
         margins = m["rewards/margins"] = m["rewards/chosen"] - m["rewards/rejected"]
@@ -233,40 +228,13 @@ def evaluate(policy, reference, pairs, cfg):
     return metrics(joined(rows, len(pairs)), cfg)
 
 
-@torch.no_grad()
-def check_start(policy, reference, pairs, cfg):
-    """Where the policy is the reference, the loss must be its value at pi = pi_ref, KL = 0: log 2 for DPO."""
-    loss = LOSSES[cfg.loss]
-
-    def moved(nats):
-        """The loss at pi = pi_ref, or with chosen that much lower and rejected that much higher."""
-        @functools.wraps(loss)
-        def at_reference(**given):
-            terms = {name: 0 * x if name.endswith("seq_kl") else x for name, x in given.items()}
-            terms["chosen_logps"] = given["ref_chosen_logps"] - nats
-            terms["rejected_logps"] = given["ref_rejected_logps"] + nats
-            return loss(**terms)
-        return at_reference
-
-    some = np.arange(min(len(pairs), 16 * ranks.world()))  # a few pairs a rank tell
-    nats = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]  # a log-ratio may be off by
-    means = []
-    for variant in (loss, moved(0), moved(nats)):
-        rows = [step(policy, reference, batch, variant, None, cfg)
-                for batch in batches(pairs, some, cfg)]
-        means.append(joined(rows, len(some))["loss"].mean().item())
-    found, expected, limit = means
-    ranks.reshard(policy)
-    report.check_start(found, expected, max(nats, abs(limit - expected)))
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The loop
 
 
 def count(pairs, index, loss):
     """What the sum of the losses of a step is divided by: its pairs, or the response tokens of SFT."""
-    return len(index) if "rejected_logps" in terms_of(loss) else int(pairs.rows[index, 2].sum())
+    return len(index) if "rejected_logps" in terms_of(loss) else int(pairs.rows["C"][index].sum())
 
 
 def make_optimizer(policy, cfg):
@@ -307,19 +275,37 @@ def train(policy, reference, pairs, val, cfg, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(i, {"grad_norm": norm, "lr": group["lr"]}, metrics, terms, cfg)
+        run.save(i, policy, optimizer)  # before the evaluation: after a signal every second counts
         run.evaluate(i, evaluate, policy, reference, val, cfg)
-        run.save(i, policy, optimizer)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # From flags to a trained policy
 
 
-def load_model(flag, name, cfg):
-    """The model of --init or --ref, in the run's precision, on its device."""
-    model = GPT.from_pretrained(name, vocab_multiple=machine.ALIGN)
-    flags.check_model(flag, name, model, cfg)
-    return model.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
+def prepared(model, cfg):
+    """A model in the run's precision, on its device, compiled where the run is."""
+    model = model.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32).eval()
+    if cfg.compile:
+        machine.compile_blocks(model, dynamic=not cfg.pack)  # packed rows have one length
+    return model
+
+
+def make_models(cfg, tokenizer):
+    """(policy, the reference's model or None): from folders, or a new policy from the seed."""
+    def load(flag, name):
+        model = folder.open_model(name, vocab_multiple=machine.ALIGN)
+        flags.check_model(flag, name, model, cfg)
+        return prepared(model, cfg)
+
+    if cfg.init:
+        policy = load("init", cfg.init)
+    else:
+        torch.manual_seed(cfg.seed)
+        config = GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
+        policy = prepared(GPT(config, vocab_multiple=machine.ALIGN), cfg)
+    has_reference = flags.has_reference(LOSSES[cfg.loss])
+    return policy, load("ref", cfg.ref or cfg.init).requires_grad_(False) if has_reference else None
 
 
 def as_read(pairs, cfg, maximum):
@@ -330,37 +316,23 @@ def as_read(pairs, cfg, maximum):
         return pairs.chosen_only()
     if "chosen_rewards" not in terms:
         return pairs.without_scores()
-    dtype = np.float64 if cfg.dtype == "float64" else np.float32
-    return pairs.normalised(maximum, cfg.rejected_weight == "badness", dtype)
+    return pairs.normalised(maximum, cfg.rejected_weight == "badness")
 
 
-def run_once(cfg, start, tokenizer, pairs, val):
-    """One run, SFT or preferences, from its models to its report. start: a model folder or name, or None."""
+def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
+    """One run, SFT or preferences, from its models to its table. make(cfg, tokenizer) -> (policy, the
+    reference's model or None); identity, what else tells this run from others.
+
+    Returns (policy, the reference's model or None), or None where the run was finished before.
+    """
     loss = LOSSES[cfg.loss]
-    ref = (cfg.ref or start) if flags.has_reference(loss) else None
-    if start:
-        policy = load_model("init", start, cfg)
-    else:
-        torch.manual_seed(cfg.seed)
-        policy = GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd),
-                     vocab_multiple=machine.ALIGN)
-        policy.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
-    model = load_model("ref", ref, cfg).requires_grad_(False) if ref else None
-    identity = identity_of(cfg, pairs, val, tokenizer, start and weights_hash(policy),
-                           ref and weights_hash(model))
-    return run_models(cfg, identity, start, ref, tokenizer, pairs, val, policy, model)
-
-
-def run_models(cfg, identity, start, ref, tokenizer, pairs, val, policy, model):
-    """The run that `identity` identifies, with its models in memory. ref and model, the reference's, may be
-    None. Returns (policy, ref), or (None, None) where the run was finished before."""
-    loss = LOSSES[cfg.loss]
-    segmented = "chosen_rewards" in terms_of(loss)
-    maximum = pairs.score_maximum() if segmented else None
+    policy, model = make(cfg, tokenizer)
+    identity |= folder.identity_of(cfg, pairs, val, tokenizer, policy if cfg.init else None, model)
+    maximum = pairs.score_maximum() if "chosen_rewards" in terms_of(loss) else None
     pairs, val = (as_read(part, cfg, maximum) for part in (pairs, val))
-    with Run(cfg, identity, start, ref, maximum, policy, pairs, val) as run:
-        if run.finished:
-            return None, None
+    with folder.Run(cfg, identity, policy, tokenizer, pairs, val, maximum) as this:
+        if this.finished:
+            return None
         ranks.shard(policy)
         reference = no_reference
         if model:
@@ -368,13 +340,12 @@ def run_models(cfg, identity, start, ref, tokenizer, pairs, val, policy, model):
             remembers = "chosen_seq_kl" not in terms_of(loss)  # a KL needs the whole distribution
             reference = Reference(
                 model, partial(hidden_states, model, cfg=cfg), partial(response_logps, model, cfg=cfg),
-                Memory(run.folder, pairs, cfg.dtype) if remembers else None)
-            if identity["ref"] == identity["init"] and not run.has_checkpoint():
-                check_start(policy, reference, val, cfg)
-        train(policy, reference, pairs, val, cfg, run)
-        run.finish(policy, tokenizer)
-    report.table(cfg, len(val), run.before, run.after)
-    return policy, ref
+                Memory(this.folder, pairs, cfg.dtype) if remembers else None)
+        train(policy, reference, pairs, val, cfg, this)
+        this.finish(policy, model)
+    best = report.ceiling(cfg.val_data or (() if cfg.data else flags.TOY[1:2]))
+    report.table(len(val), this.before, this.after, best)
+    return policy, model
 
 
 def main(argv=None):
@@ -382,14 +353,14 @@ def main(argv=None):
     with report.one_line_errors("train.py"):
         cfg, tokenizer = flags.resolve(Config, argv)
         pairs, val = flags.load_data(cfg, tokenizer)
-        start = cfg.init
-        if start is None and "rejected_logps" in terms_of(LOSSES[cfg.loss]):
-            sft, finished = find_sft(flags.sft_before(cfg), pairs, val, tokenizer)
-            start = sft.out_dir
-            report.sft_first(start, finished)
+        if cfg.init is None and flags.is_pairwise(LOSSES[cfg.loss]):
+            sft, finished = folder.place_of_sft(flags.sft_before(cfg), pairs, val, tokenizer)
+            report.sft_first(cfg, sft.out_dir, finished)
             if not finished:
-                run_once(sft, None, tokenizer, pairs, val)
-        report.answers_and_next(cfg, tokenizer, val, *run_once(cfg, start, tokenizer, pairs, val))
+                run(sft, tokenizer, pairs, val)
+            cfg = replace(cfg, init=sft.out_dir)
+        if models := run(cfg, tokenizer, pairs, val):
+            report.answers_and_next(cfg, tokenizer, val, *models)
         ranks.stop()
 
 

@@ -1,6 +1,5 @@
 """Files read with one clear line for what cannot be, and written so that a kill leaves the last good one."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,9 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from data import DataError
 from plumbing import ranks
-from plumbing.errors import RunError
+from plumbing.errors import DataError, RunError
 
 # ---------------------------------------------------------------------------------------------------------
 # What people bring
@@ -53,19 +51,13 @@ def writing(path):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise RunError(f"{path}: cannot be written ({why}); what was saved before is intact, "
-                       "--resume goes on from there") from None
-
-
-def part_of(path):
-    return path.with_name(path.name + ".part")
+        raise RunError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
 
 
 @ranks.only_main
 def write_atomically(path, write):
     """Call write(temporary path), flush what it wrote to disk, and rename."""
-    part = part_of(path)
+    part = path.with_name(path.name + ".part")
     with writing(path):
         try:
             write(part)
@@ -100,19 +92,3 @@ def write_folder(folder, write):
 
 def write_json(path, value):
     write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
-
-def file_hash(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def read_json(path, keys):
-    """An object that has these keys. ValueError for anything else, OSError where there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict) or not value.keys() >= set(keys):
-        raise ValueError(f"needs an object with {', '.join(keys)}")
-    return value

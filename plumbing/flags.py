@@ -1,173 +1,156 @@
-"""argparse from Config, every check of a flag, and the defaults, filled in once."""
+"""From argv to a Config in which every knob has its value, and to the data: every check of a flag."""
 
 import argparse
-import dataclasses
-import inspect
 import math
 import os
-import re
+import typing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from data import DataError, Tokenizer, hold_out
-from losses import LOSSES, SELECTING, knobs_of, terms_of
-from model import GPTConfig, ModelError
-from plumbing import formats, machine, pretrained, ranks, report, vocab
-from plumbing.errors import ConfigError
+import data
+from losses import LOSSES, SELECTING, TERMS, knobs_of, terms_of
+from model import GPTConfig
+from plumbing import machine, pretrained, ranks, report, vocab
+from plumbing.errors import ConfigError, DataError, ModelError
 from plumbing.folder import check_free, is_free, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY = tuple(ROOT / "toy" / name for name in ("reviews-train.jsonl", "reviews-heldout.jsonl", "toy.tiktoken"))
-
-DEFAULTS = {"beta": 0.1, "lam": 50.0, "alpha": 0.5, "steps": 40, "lr": 5e-5, "sft_steps": 150, "sft_lr": 2e-3,
-            "n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
-DEFAULTS_OF = {"dpop": {"beta": 0.3}, "sft": {"steps": 150, "lr": 2e-3}}  # the papers'; SFT is ours
-LISTS = ("data", "val_data", "aspect_weights")
-DTYPES = ("float32", "bfloat16", "float64")
-AT_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "micro_batch_tokens": 1, "sft_steps": 1,
-            "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 2, "log_every": 1, "head_tokens": 1,
-            "seed": 0, "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "lam": 0, "alpha": 0,
-            "eval_every": 0, "save_every": 0}
+TOY = tuple(str(ROOT / "toy" / f) for f in ("reviews-train.jsonl", "reviews-heldout.jsonl", "toy.tiktoken"))
+SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 
 
 def has_reference(loss):
     return any(name.startswith("ref_") for name in terms_of(loss))
 
 
+def is_pairwise(loss):
+    return "rejected_logps" in terms_of(loss)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# argv -> what was typed
-
-
-def with_knobs(Config):
-    """Config with a field for each hyper-parameter of a loss that it lacks, so that a new loss edits nothing.
-
-    Returns (the class, {field: its help}).
-    """
-    known = {field.name for field in dataclasses.fields(Config)}
-    new = {name: loss.__name__ for loss in LOSSES.values() for name in knobs_of(loss) if name not in known}
-    if not new:
-        return Config, {}
-    fields = [(name, float | None, dataclasses.field(default=None)) for name in new]
-    return (dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True),
-            {name: f"hyper-parameter of {function}" for name, function in new.items()})
+# argv -> what was typed -> Config
 
 
 def parse(Config, argv):
-    """argv -> Config as typed. Names, types, groups and help of the flags are those of Config's lines."""
-    source = inspect.getsource(Config)
-    Config, comments = with_knobs(Config)
-    groups = {}
-    for line in source.splitlines():
-        if title := re.fullmatch(r"    # (.*)", line):
-            group = title[1]
-        elif field := re.match(r"    (\w+): .*?  # (.*)$", line):
-            comments[field[1]], groups[field[1]] = field[2], group
+    """argv -> {name: value} of the flags that were typed. Flags are Config's fields, with their types,
+    choices and help, and the hyper-parameters of the losses."""
     parser = argparse.ArgumentParser(
         "train.py", usage="python train.py [--FLAG VALUE ...]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a policy on preference pairs. Without flags: the toy reviews, SFT, then DPO.")
     parser.error = lambda message: report.fail("train.py", message)
-    sections = {}
-    for field in dataclasses.fields(Config):
-        group = groups.get(field.name, "the loss")
-        section = sections.setdefault(group, None) or parser.add_argument_group(group)
-        sections[group] = section
-        name, text = "--" + field.name, comments[field.name].replace("%", "%%")
-        if "default" not in text and field.default not in (None, ()):
+    for name, field in Config.__dataclass_fields__.items():
+        if name == "settings":
+            for knob, text in helps_of_settings().items():
+                parser.add_argument("--" + knob, type=float, help=text, metavar="FLOAT")
+            continue
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default not in (None, ()) and field.type is not bool:
             text += f"; default {field.default}"
-        if "bool" in str(field.type):
-            section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        elif field.name in LISTS:
-            section.add_argument(name, nargs="+", help=text)
+        kinds = [kind for kind in typing.get_args(field.type) or (field.type,) if kind is not type(None)]
+        if bool in kinds:
+            parser.add_argument("--" + name, action=argparse.BooleanOptionalAction, help=text)
+        elif kinds[0] is tuple:
+            parser.add_argument("--" + name, nargs="+", help=text)
         else:
-            kind = field.type if isinstance(field.type, type) else field.type.__args__[0]
-            section.add_argument(name, type=kind, help=text, metavar=kind.__name__.upper())
-    given = vars(parser.parse_args(argv))
-    if "aspect_weights" in given:
-        words = " ".join(given["aspect_weights"]).replace(",", " ").split()
+            parser.add_argument("--" + name, type=kinds[0], help=text, metavar=kinds[0].__name__.upper(),
+                                choices=field.metadata["choices"])
+    typed = vars(parser.parse_args(argv))
+    if "aspect_weights" in typed:
+        words = " ".join(typed["aspect_weights"]).replace(",", " ").split()
         try:
-            given["aspect_weights"] = [float(word) for word in words]
+            typed["aspect_weights"] = [float(word) for word in words]
         except ValueError:
             raise ConfigError(f"--aspect_weights {' '.join(words)}: must be numbers") from None
-    if given.get("resume") and "out_dir" in given:  # what is not said again stays as it was
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+
+
+def helps_of_settings():
+    """{hyper-parameter: help} of all losses: who reads it, and with which default."""
+    readers = {}
+    for name, loss in LOSSES.items():
+        for knob, default in knobs_of(loss).items():
+            readers.setdefault(knob, []).append(f"{name} {default}")
+    return {knob: "hyper-parameter of the loss; default " + ", ".join(x) for knob, x in readers.items()}
+
+
+def configure(Config, typed):
+    """{name: value} -> Config. What was not typed is as in the run to resume, or as Config and the loss have
+    it; SFT has defaults of its own."""
+    given = dict(typed)
+    if given.get("resume"):
+        if not given.get("out_dir") or given.get("overwrite"):
+            raise ConfigError("--resume: goes with --out_dir FOLDER and without --overwrite")
         then = read_run(given["out_dir"])["config"]
-        given = {name: then[name] for name in comments.keys() & then.keys() - {"overwrite"}} | given
-    for name in LISTS:
-        if isinstance(given.get(name), list):
-            given[name] = tuple(given[name])
-    return Config(**given)
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in then.items()
+                 if name != "overwrite"} | given
+    name = given.get("loss", Config.loss)
+    if name not in LOSSES:
+        raise ConfigError(f"--loss {name}: choose from {', '.join(LOSSES)}")
+    knobs = knobs_of(LOSSES[name])
+    settings = {knob: given.get(knob, default) for knob, default in knobs.items()}
+    if missing := [knob for knob, value in settings.items() if value is None]:
+        raise ConfigError(f"--{missing[0]}: the loss {name} needs it; it has no default")
+    if not is_pairwise(LOSSES[name]):
+        given = {"steps": Config.sft_steps, "lr": Config.sft_lr} | given
+    fields = Config.__dataclass_fields__.keys() & given.keys()
+    return Config(**{name: given[name] for name in fields}, settings=settings)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Checks
 
 
-def check(cfg):
-    """Refuse values of a wrong type or out of range, and knobs that this run would not read."""
-    for field in dataclasses.fields(cfg):  # flags have their types; an edited run.json may not
-        value, kinds = getattr(cfg, field.name), getattr(field.type, "__args__", (field.type,))
-        also = {float: (int,), str: (Path,)}.get(kinds[0], ())
-        if not isinstance(value, kinds + also) or isinstance(value, bool) and bool not in kinds:
-            raise ConfigError(f"--{field.name} {value!r:.60}: must be of type {kinds[0].__name__}")
-    for name, kinds in (("data", (str, Path)), ("val_data", (str, Path)), ("aspect_weights", (int, float))):
-        if not all(isinstance(value, kinds) for value in getattr(cfg, name)):
-            raise ConfigError(f"--{name} {getattr(cfg, name)!r:.60}: must be of type {kinds[-1].__name__}")
-    for name, choices in (("loss", LOSSES), ("rejected_weight", ("score", "badness")), ("dtype", DTYPES)):
-        value = getattr(cfg, name)
-        if value == "float16":
-            raise ConfigError("--dtype float16: small gradients vanish in its range; choose bfloat16")
-        if value not in choices and (value is not None or name == "loss"):
-            raise ConfigError(f"--{name} {value}: choose from {', '.join(choices)}")
-    for name, low in AT_LEAST.items():
-        value = getattr(cfg, name)
-        if value is not None and not low <= value < 2**63:
+def check(cfg, typed):
+    """Refuse values out of range, and typed flags that this run would not read."""
+    for name, field in cfg.__dataclass_fields__.items():
+        value, low = getattr(cfg, name), field.metadata.get("at_least")
+        if low is not None and value is not None and not low <= value < 2**63:
             raise ConfigError(f"--{name} {value}: must be at least {low} and below 2^63")
-    for name in ("lr", "sft_lr", "beta"):
-        value = getattr(cfg, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"--{name} {value}: must be greater than 0 and finite")
-    n_embd, n_layer = cfg.n_embd or DEFAULTS["n_embd"], cfg.n_layer or DEFAULTS["n_layer"]
-    if (size := n_embd * (12 * n_layer * n_embd + (cfg.block_size or 1))) > 1e11:
+    for name, value in ({"lr": cfg.lr, "sft_lr": cfg.sft_lr} | cfg.settings).items():
+        if not 0 <= value < math.inf or value == 0 and name in ("lr", "sft_lr", "beta"):
+            raise ConfigError(f"--{name} {value}: must be positive and finite")
+    if (size := cfg.n_embd * (12 * cfg.n_layer * cfg.n_embd + cfg.block_size)) > 1e11:
         raise ConfigError(f"--n_layer, --n_embd, --block_size: a model of {size:.0e} parameters or more; "
                           "choose smaller ones")
     weights = cfg.aspect_weights
     if weights and not (all(w >= 0 for w in weights) and math.isclose(sum(weights), 1, abs_tol=1e-6)):
         raise ConfigError(f"--aspect_weights {' '.join(map(str, weights))}: must be >= 0 and sum to 1")
-    if cfg.resume and (cfg.overwrite or not cfg.out_dir):
-        raise ConfigError("--resume: goes with --out_dir FOLDER and without --overwrite")
-    check_knobs(cfg)
-    check_device(cfg)
+    check_loss(cfg, typed)
+    if cfg.device:
+        check_device(cfg)
 
 
-def check_knobs(cfg):
-    """Refuse what the chosen loss, by its signature, would not read."""
+def check_loss(cfg, typed):
+    """Refuse a loss that asks for an unknown term, and typed flags that it does not read."""
     loss = LOSSES[cfg.loss]
-    of_any_loss = {name for function in LOSSES.values() for name in knobs_of(function)}
-    for name in sorted(of_any_loss - knobs_of(loss).keys()):
-        refuse_unread(cfg, name, f"the loss {cfg.loss} has none")
+    if unknown := [name for name in terms_of(loss) if name not in TERMS]:
+        raise ConfigError(f"--loss {cfg.loss}: asks for {', '.join(unknown)}; a loss may ask for "
+                          f"{', '.join(TERMS)}")
+    unread = {knob: f"the loss {cfg.loss} has none" for other in LOSSES.values() for knob in knobs_of(other)
+              if knob not in cfg.settings}
     if "chosen_rewards" not in terms_of(loss):
-        for name in ("aspect_weights", "rejected_weight"):
-            refuse_unread(cfg, name, f"the loss {cfg.loss} has no segments")
+        unread |= dict.fromkeys(("aspect_weights", "rejected_weight"), f"the loss {cfg.loss} has no segments")
     if not has_reference(loss):
-        refuse_unread(cfg, "ref", f"the loss {cfg.loss} has no reference")
-    pairwise = "rejected_logps" in terms_of(loss)
-    if not pairwise or cfg.init and not cfg.resume:  # --resume may repeat the first command's flags
-        for name in ("sft_steps", "sft_lr"):
-            refuse_unread(cfg, name, "no SFT is run before this one")
+        unread["ref"] = f"the loss {cfg.loss} has no reference"
+    if not is_pairwise(loss) or cfg.init and not cfg.resume:  # --resume may repeat the first command's flags
+        unread |= dict.fromkeys(("sft_steps", "sft_lr"), "no SFT is run before this one")
+    refuse_unread(typed, unread)
     if cfg.rejected_weight == "badness" and loss in SELECTING:
         raise ConfigError(f"--rejected_weight badness: not with {cfg.loss}, whose Eq. 6 selects by the same "
                           "score: 1 - score would select the best rejected segments")
 
 
-def refuse_unread(cfg, name, why):
-    if getattr(cfg, name) != type(cfg).__dataclass_fields__[name].default:
-        raise ConfigError(f"--{name}: would not be read, {why}; leave it out")
+def refuse_unread(typed, unread):
+    """unread: {flag: why nothing would read it}."""
+    for name, why in unread.items():
+        if name in typed:
+            raise ConfigError(f"--{name}: would not be read, {why}; leave it out")
 
 
 def check_device(cfg):
-    if cfg.device is None:
-        return
     try:
         kind = torch.device(cfg.device).type
     except RuntimeError:
@@ -183,13 +166,9 @@ def check_device(cfg):
 
 
 def check_model(flag, name, model, cfg):
-    """Refuse a model that does not go with the flags, or holds NaN."""
-    c = model.config
-    for key in ("n_layer", "n_head", "n_embd") if flag == "init" else ():
-        if getattr(cfg, key) != getattr(c, key):
-            raise ConfigError(f"--{key} {getattr(cfg, key)}: {name} has {getattr(c, key)}; leave it out")
-    if cfg.block_size > c.block_size:
-        raise ConfigError(f"--block_size {cfg.block_size}: --{flag} {name} has {c.block_size} positions")
+    """Refuse a model with too few positions, or that holds NaN."""
+    if cfg.block_size > model.config.block_size:
+        raise ConfigError(f"--block_size {cfg.block_size}: --{flag} {name} has {model.config.block_size}")
     for key, p in model.named_parameters():
         if not p.isfinite().all():
             raise ConfigError(f"--{flag} {name}: {key} holds NaN or infinity; choose an intact model")
@@ -213,78 +192,68 @@ def resolve(Config, argv):
     The start's and the reference's config.json are read here, the weights and the data later.
     Raises ConfigError, DataError or ModelError, in one line, before anything is written.
     """
-    cfg = parse(Config, argv)
-    check(cfg)
-    out_dir, flag = cfg.out_dir or free_folder(cfg.loss), "out_dir"
-    try:
-        check_free(Path(out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
-        for flag in ("data", "val_data"):
-            for file in formats.list_files(getattr(cfg, flag)):
-                file.stat()
-    except OSError as e:  # no such file, a name that is too long, a folder that may not be searched
-        raise ConfigError(f"--{flag} {e.filename}: {e.strerror}") from None
-    device = cfg.device or machine.best_device()
-    ranks.start(device)  # all have seen the folders before one writes
+    typed = parse(Config, argv)
+    cfg = configure(Config, typed)
+    check(cfg, typed)
+    cfg = replace(cfg, out_dir=place_of_run(cfg), device=cfg.device or machine.best_device())
+    for flag in ("data", "val_data"):
+        for file in getattr(cfg, flag):
+            if not os.path.exists(file):
+                raise ConfigError(f"--{flag} {file}: no such file")
+    ranks.start(cfg.device)  # all have seen the folders before one writes
     sizes, ref = model_sizes("init", cfg.init), model_sizes("ref", cfg.ref)  # first: no model, no tokenizer
     tokenizer = load_tokenizer(cfg)
     for flag, model in (("init", sizes), ("ref", ref)):
         if model:
             check_vocabulary(flag, getattr(cfg, flag), model.vocab_size, tokenizer)
-    if cfg.ref and vocab.is_in(cfg.ref) and Tokenizer(cfg.ref).hash != tokenizer.hash:
+    if cfg.ref and vocab.is_in(cfg.ref) and data.Tokenizer(cfg.ref).hash != tokenizer.hash:
         raise ConfigError(f"--ref {cfg.ref}: has another tokenizer than the policy; choose a reference "
                           "that reads the same token ids")
     if ref and ref.vocab_size != (rows := sizes.vocab_size if sizes else tokenizer.vocab_size):
         raise ConfigError(f"--ref {cfg.ref}: has {ref.vocab_size} token ids, the policy {rows}; choose a "
                           "reference with the same rows")
-    if sizes and (stops := pretrained.stops_of(pretrained.folder_of(cfg.init))) not in ([], [tokenizer.eot]):
-        report.say(f"--init {cfg.init} ends its texts at id {', '.join(map(str, stops))} (eos_token_id); "
-                   f"responses end in {vocab.EOT} here, id {tokenizer.eot}, and so will the saved model's")
-    filled = defaults_of_loss(cfg) | defaults_of_model(cfg, sizes)
-    filled |= defaults_of_machine(cfg, device, tokenizer)
-    cfg = dataclasses.replace(cfg, out_dir=out_dir, device=device,
-                              **{name: value for name, value in filled.items() if getattr(cfg, name) is None})
-    if not sizes:
-        GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)  # may refuse
-    return dataclasses.replace(cfg, pack=packs(cfg)), tokenizer
-
-
-def free_folder(loss):
-    names = [f"out/{loss}"] + [f"out/{loss}-{n}" for n in range(2, 10000)]
-    return next(name for name in names if is_free(Path(name)))
-
-
-def defaults_of_loss(cfg):
-    """Steps, learning rate and the hyper-parameters that the loss reads."""
-    values, loss = DEFAULTS | DEFAULTS_OF.get(cfg.loss, {}), LOSSES[cfg.loss]
-    filled = {"steps": values["steps"], "lr": values["lr"]}
-    for name, default in knobs_of(loss).items():
-        filled[name] = values.get(name) if default is None else default
-        if getattr(cfg, name) is None and filled[name] is None:
-            raise ConfigError(f"--{name}: the loss {cfg.loss} needs it; it has no default")
-    return filled
-
-
-def defaults_of_model(cfg, sizes):
-    """Sizes of the start, or of a new model and the SFT that trains it."""
     if sizes:
-        return {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    read = ["n_layer", "n_head", "n_embd", "block_size"]
-    read += ["sft_steps", "sft_lr"] if "rejected_logps" in terms_of(LOSSES[cfg.loss]) else []
-    return {name: DEFAULTS[name] for name in read}
+        if (stops := pretrained.stops_of(pretrained.folder_of(cfg.init))) not in ([], [tokenizer.eot]):
+            report.say(f"--init {cfg.init} ends its texts at id {', '.join(map(str, stops))} (eos_token_id); "
+                       f"responses end in {vocab.EOT} here, id {tokenizer.eot}, and so will the result's")
+        for name in SIZES[:3]:
+            if name in typed and typed[name] != getattr(sizes, name):
+                raise ConfigError(f"--{name} {typed[name]}: --init has {getattr(sizes, name)}; leave it out")
+        block_size = {} if "block_size" in typed or cfg.resume else {"block_size": sizes.block_size}
+        cfg = replace(cfg, **{name: getattr(sizes, name) for name in SIZES[:3]} | block_size)
+    else:
+        GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)  # may refuse
+    return for_machine(cfg, tokenizer.vocab_size), tokenizer
 
 
-def defaults_of_machine(cfg, device, tokenizer):
-    """Precision, compilation, and how much is computed at once."""
-    kind, large = torch.device(device).type, tokenizer.vocab_size > 10_000
+def place_of_run(cfg):
+    """--out_dir, or the first free one of out/LOSS, out/LOSS-2, ..., and why it is not the first."""
+    name = f"out/{cfg.loss}"
+    out_dir = cfg.out_dir or next(free for n in range(1, 10000)
+                                  if is_free(Path(free := name if n == 1 else f"{name}-{n}")))
+    try:
+        check_free(Path(out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
+    except OSError as e:  # a name that is too long, a folder that may not be searched
+        raise ConfigError(f"--out_dir {e.filename}: {e.strerror}") from None
+    if out_dir not in (cfg.out_dir, name):
+        report.say(f"{name} is taken: this run goes into {out_dir}; --overwrite --out_dir {name} replaces it")
+    return out_dir
+
+
+def for_machine(cfg, vocab_size):
+    """The Config with what the machine decides: precision, compilation, and how much is computed at once."""
+    kind, large = torch.device(cfg.device).type, vocab_size > 10_000
     cuda, why_not = kind == "cuda", machine.cannot_compile() if large else None
     if cuda and why_not and cfg.compile is None:
         report.say(f"torch.compile is off: {why_not} on this machine")
     pays = large and not why_not and kind in ("cpu", "cuda") and ranks.world() == 1
-    return {"dtype": "bfloat16" if cuda else "float32",
-            "compile": pays and cuda,
-            "compile_head": pays if cfg.compile is None else cfg.compile,
-            "micro_batch_tokens": 32768 if cuda else 2048,
-            "head_tokens": max(1, (2**28 if cuda else 2**24) // tokenizer.vocab_size)}
+    values = {"dtype": "bfloat16" if cuda else "float32",
+              "compile": pays and cuda,
+              "compile_head": pays if cfg.compile is None else cfg.compile,
+              "micro_batch_tokens": 32768 if cuda else 2048,
+              "head_tokens": max(1, (2**28 if cuda else 2**24) // vocab_size)}
+    cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
+    return replace(cfg, pack=packs(cfg))
 
 
 def packs(cfg):
@@ -303,10 +272,11 @@ def packs(cfg):
 
 def sft_before(cfg):
     """The Config of the SFT run that makes the start of a preference run without --init."""
-    reset = {name: None for name in knobs_of(LOSSES[cfg.loss])} | {"rejected_weight": None, "ref": None}
-    return dataclasses.replace(
-        cfg, loss="sft", steps=cfg.sft_steps, lr=cfg.sft_lr, sft_steps=None, sft_lr=None, aspect_weights=(),
-        overwrite=False, eval_every=0, save_every=0, log_every=max(cfg.log_every, 50), **reset)
+    defaults = type(cfg)
+    return replace(cfg, loss="sft", settings={}, steps=cfg.sft_steps, lr=cfg.sft_lr, ref=None,
+                   overwrite=False, sft_steps=defaults.sft_steps, sft_lr=defaults.sft_lr, aspect_weights=(),
+                   rejected_weight=defaults.rejected_weight, eval_every=0, save_every=0,
+                   log_every=max(cfg.log_every, 50))
 
 
 def model_sizes(flag, name):
@@ -324,28 +294,28 @@ def model_sizes(flag, name):
 
 def load_tokenizer(cfg):
     """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
-    own = Tokenizer(cfg.init) if cfg.init and vocab.is_in(cfg.init) else None
+    own = data.Tokenizer(cfg.init) if cfg.init and vocab.is_in(cfg.init) else None
     try:
-        given = Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+        given = data.Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     except DataError as e:
         raise ConfigError(f"--tokenizer: {e}") from None
     if own and given and given.hash != own.hash:
         raise ConfigError(f"--tokenizer {cfg.tokenizer}: --init {cfg.init} has another one; leave it out")
-    return own or given or Tokenizer("gpt2" if cfg.data or cfg.init else TOY[2])
+    return own or given or data.Tokenizer("gpt2" if cfg.data or cfg.init else TOY[2])
 
 
 def load_data(cfg, tokenizer):
     """(training pairs, held-out pairs), and what was read is printed."""
-    alone = "rejected_logps" not in terms_of(LOSSES[cfg.loss])
-    pairs, notes = formats.load(cfg.data or TOY[:1], tokenizer, cfg.block_size, alone)
+    alone = not is_pairwise(LOSSES[cfg.loss])
+    pairs, notes = data.load(cfg.data or TOY[:1], tokenizer, cfg.block_size, alone)
     if cfg.val_data or not cfg.data:
-        val, more = formats.load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size, alone)
+        val, more = data.load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size, alone)
         notes += more
         held, trained = set(val.keys(0, 3)), set(pairs.keys(0, 3))
         if held & trained:
             notes.append(f"{len(held & trained)} of {len(held)} held-out pairs are training pairs too")
     else:
-        pairs, val = hold_out(pairs)
+        pairs, val = data.hold_out(pairs)
         notes.append(f"held out, by prompt: {len(val)} pairs; {len(pairs)} are left to train on")
     if "chosen_rewards" in terms_of(LOSSES[cfg.loss]):
         A = pairs.n_aspects

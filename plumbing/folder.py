@@ -1,13 +1,15 @@
-"""The folder of a run: lock, log, checkpoints. safetensors and JSON only.
+"""The folder of a run: lock, log, checkpoints, result. safetensors and JSON only.
 
-    run.json            what the run is: config, identity (hashes of what determines its numbers), finished,
-                        folder (where it was written: what lay beside it is found again after a move)
+    run.json            what the run is: config, identity (what determines its numbers), score_maximum; and
+                        how far it is: saved (step of the newest checkpoint), finished (steps, or null)
     log.jsonl           one record a line, the first says how to repeat the run
-    checkpoints/        step-N.safetensors (weights, AdamW's moments) and step-N.json, the last two
+    checkpoints/        step-N.safetensors, the last two
     reference-train.npy what the reference says of each response token of the training pairs
     model.safetensors   the result, with config.json and the tokenizer: a Hugging Face folder
 
 Every file is written aside, flushed to disk and renamed: a kill at any moment leaves the last good one.
+While `finished` is null, model.safetensors is absent or of an earlier end; `open_model` then reads the
+newest checkpoint.
 """
 
 import dataclasses
@@ -21,92 +23,84 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from losses import LOSSES, terms_of
-from plumbing import checkpoints, machine, ranks, report, vocab
+from model import GPT
+from plumbing import checkpoints, machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, RunError
-from plumbing.files import read_json, write_atomically, write_folder, write_json, writing
-from plumbing.pretrained import NAMES
+from plumbing.files import write_atomically, write_folder, write_json, writing
+
+PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full in run.json
+# What a run's numbers do not depend on: its length, its place, what is printed, how the work is cut.
+FREE = {*PATHS, "out_dir", "resume", "overwrite", "settings", "steps", "micro_batch_size",
+        "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every", "log_every", "device",
+        "compile", "compile_head", "pack", "head_tokens"}
+RESULT = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.tiktoken",
+          *vocab.OF_TRANSFORMERS)
 
 
 def read_run(folder):
     """run.json of a folder."""
-    path, kinds = Path(folder) / "run.json", {"config": dict, "identity": dict}
+    path = Path(folder) / "run.json"
     try:
-        run = read_json(path, [*kinds, "finished", "score_maximum"])
-        for key, kind in kinds.items():
-            if not isinstance(run[key], kind):
-                raise ValueError(f"{key} is no object")
-        if missing := {"loss", "steps", "beta", "ref"} - run["config"].keys():
-            raise ValueError(f"config has no {', '.join(sorted(missing))}")
-        for name in PATHS & run["config"].keys():
-            run["config"][name] = found(run["config"][name], run.get("folder"), folder)
+        run = json.loads(path.read_bytes())
+        if missing := {"config", "identity", "saved", "finished"} - run.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
         return run
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}; is {folder} the folder of a run?") from None
-    except ValueError as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise ConfigError(f"{path}: damaged ({e}); start anew, with --overwrite or elsewhere") from None
-
-
-PATHS = {"init", "ref", "data", "val_data", "tokenizer"}  # of Config, in full in run.json
 
 
 def full(path):
     """A path, or some, in full; names of models and tokenizers as they are."""
     if isinstance(path, tuple):
         return [full(p) for p in path]
-    return path if path in (None, *NAMES, "bytes") else str(Path(path).resolve())
+    return path if path in (None, *pretrained.NAMES, "bytes") else str(Path(path).resolve())
 
 
-def found(path, then, now):
-    """A path of run.json; where nothing is there any more and the run's folder was moved from `then` to
-    `now`, what lies as far from it as before."""
-    if isinstance(path, list):
-        return [found(p, then, now) for p in path]
-    if isinstance(path, str) and isinstance(then, str) and os.path.isabs(path) and not os.path.exists(path):
-        try:
-            beside = os.path.normpath(os.path.join(now, os.path.relpath(path, then)))
-        except ValueError:  # on another drive of Windows
-            return path
-        return beside if os.path.exists(beside) else path
-    return path
+def is_unfinished(folder):
+    """True for the folder of a run that goes on, or was interrupted."""
+    return Path(folder, "run.json").exists() and read_run(folder)["finished"] is None
+
+
+def open_model(name, vocab_multiple=1):
+    """The GPT of a folder or a name; of a run that is not finished, with the weights of its newest
+    checkpoint, which is said. Raises ConfigError or ModelError."""
+    if not is_unfinished(name):
+        return GPT.from_pretrained(name, vocab_multiple)
+    step, _, tensors = checkpoints.newest(Path(name))
+    report.say(f"{name}: this run is not finished; its weights after step {step} are read")
+    model = GPT(pretrained.read_config(Path(name)), vocab_multiple).eval()
+    tensors = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
+    size = model.config.vocab_size
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            rows = size if key == "wte.weight" else len(p)
+            p[:rows].copy_(tensors[key][:rows])
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Which run is it?
 
-# What a run's numbers do not depend on: its length, its place, what is printed, how the work is cut.
-FREE = {"init", "ref", "out_dir", "resume", "overwrite", "data", "val_data", "tokenizer", "steps",
-        "micro_batch_size", "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every",
-        "log_every", "device", "compile", "compile_head", "pack", "head_tokens"}
 
+def identity_of(cfg, pairs, val, tokenizer, policy, reference):
+    """All that determines the numbers of a run but its length: what --resume and a reused SFT compare.
 
-def identity_of(cfg, pairs, val, tokenizer, init_hash, ref_hash):
-    """All that determines the numbers of a run but its length: what --resume and a reused SFT compare."""
-    identity = {"format": 3} | {name: value for name, value in vars(cfg).items() if name not in FREE}
+    policy, reference: the models at the start, or None where they follow from the rest.
+    """
+    identity = {name: value for name, value in vars(cfg).items() if name not in FREE} | cfg.settings
     identity["aspect_weights"] = list(cfg.aspect_weights)
-    for name, part in (("data", pairs), ("val_data", val)):
-        identity[name] = array_hash(*arrays_read(part, LOSSES[cfg.loss]))
-    return identity | {"tokenizer": tokenizer.hash, "init": init_hash, "ref": ref_hash}
-
-
-def arrays_read(pairs, loss):
-    """The arrays of some Pairs, for SFT those of prompts and chosen responses."""
-    if "rejected_logps" in terms_of(loss):
-        return pairs.ids, pairs.segments, pairs.scores, pairs.rows
-    ids = [pairs.ids[at:at + P + C] for at, P, C in pairs.rows[:, :3]]
-    return np.concatenate(ids), pairs.rows[:, 1:3]
-
-
-def array_hash(*arrays):
-    """One hash of some NumPy arrays: their bytes, types and shapes."""
-    h = hashlib.sha256()
-    for a in arrays:
-        h.update(f"{a.dtype} {a.shape} ".encode() + a.tobytes())
-    return h.hexdigest()
+    fields = ["prompt", "chosen"]
+    if "rejected_logps" in terms_of(LOSSES[cfg.loss]):
+        fields += ["rejected", "chosen_segment", "rejected_segment", "chosen_scores", "rejected_scores"]
+    identity |= {"data": pairs.hash(*fields), "val_data": val.hash(*fields)}
+    return identity | {"tokenizer": tokenizer.hash, "init": policy and weights_hash(policy),
+                       "ref": reference and weights_hash(reference)}
 
 
 def weights_hash(model):
@@ -118,21 +112,34 @@ def weights_hash(model):
     return h.hexdigest()
 
 
-def find_sft(cfg, pairs, val, tokenizer):
-    """The SFT run that a preference run starts from, in out/sft beside it, or sft-2, ...: the finished or
-    interrupted one that was made with this Config, else the first free folder. Returns (cfg with its folder,
+OTHERS = {"data": "other pairs", "val_data": "other pairs", "init": "another model", "ref": "another model",
+          "tokenizer": "another tokenizer"}
+
+
+def check_identity(folder, then, now):
+    """Refuse to go on with a run as another one, naming the flags that differ."""
+    differs = [f"--{key}: {OTHERS[key]} than the run's" if key in OTHERS else
+               f"--{key} {value}: the run has {then.get(key)}"
+               for key, value in now.items() if then.get(key) != value]
+    if differs:
+        raise ConfigError(f"--resume: not the run in {folder}. " + "; ".join(differs))
+
+
+def place_of_sft(cfg, pairs, val, tokenizer):
+    """The SFT run that makes the start of a preference run, in out/sft beside it, or in out/sft-HASH where
+    that holds another: one folder for each start, found again by later runs. Returns (cfg with its folder,
     True if it is finished)."""
     identity, beside = identity_of(cfg, pairs, val, tokenizer, None, None), Path(cfg.out_dir)
-    for number in range(1, 10000):
-        folder = beside.parent / ("sft" if number == 1 else f"sft-{number}")
-        begun = (folder / "run.json").exists()
-        if folder.resolve() == beside.resolve() or not begun and not is_free(folder):
+    name = hashlib.sha256(json.dumps([identity, cfg.steps], sort_keys=True).encode()).hexdigest()[:8]
+    for folder in (beside.with_name("sft"), beside.with_name(f"sft-{name}")):
+        if folder.resolve() == beside.resolve():
             continue
+        begun = (folder / "run.json").exists()
         run = read_run(folder) if begun else None
-        if not begun or run["identity"] == identity and run["config"]["steps"] == cfg.steps:
-            finished = begun and run["finished"] is not None
-            ranks.wait()  # all ranks have chosen before one writes
-            return dataclasses.replace(cfg, out_dir=str(folder), resume=begun), finished
+        if begun and (run["identity"], run["config"]["steps"]) == (identity, cfg.steps) or is_free(folder):
+            break
+    ranks.wait()  # all ranks have chosen before one writes
+    return dataclasses.replace(cfg, out_dir=str(folder), resume=begun), begun and run["finished"] is not None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -156,28 +163,41 @@ def check_free(folder, models, resume, overwrite):
             raise ConfigError(f"--out_dir {folder}: is --{flag} too and would be overwritten; choose another")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out_dir {folder}: is a file; choose a folder")
-    if resume:
-        return read_run(folder)
     kept = files_of(folder)
-    if "run.json" in kept and not overwrite:
-        raise ConfigError(f"--out_dir {folder}: holds a {read_run(folder)['config']['loss']} run; choose "
-                          "--resume, --overwrite or another folder")
-    if kept and "run.json" not in kept:
+    if resume:
+        read_run(folder)
+    elif kept and "run.json" not in kept:
         raise ConfigError(f"--out_dir {folder}: holds {len(kept)} files ({kept[0]}, ...) and is no run's; "
                           "choose another folder")
+    elif kept and not overwrite:
+        raise ConfigError(f"--out_dir {folder}: holds a {read_run(folder)['config']['loss']} run; choose "
+                          "--resume, --overwrite or another folder")
 
 
-RESULT = ("model.safetensors", "config.json", "tokenizer.tiktoken", *vocab.OF_TRANSFORMERS)
-
-
-def remove_run(folder):
-    """What a run wrote there, and nothing else. run.json goes last: until then it is a run's folder."""
-    with writing(folder):
-        for path in folder.glob("checkpoints/*"):
-            path.unlink()
-        for pattern in ("reference-*.npy", "reference-*.json", "log.jsonl", *RESULT, "run.json"):
-            for path in folder.glob(pattern):
-                path.unlink()
+def claim(folder, identity, resume, overwrite):
+    """Make the folder, lock it against a second writer until the returned lock is released, and compare what
+    the run is with what it was."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"--out_dir {folder}: another process is writing there; choose another") from None
+    except OSError as e:
+        raise ConfigError(f"--out_dir {folder}: {e.strerror}; choose a folder that can be written") from None
+    try:
+        check_free(folder, {}, resume, overwrite)  # again: another process may have been there meanwhile
+        if resume:
+            check_identity(folder, read_run(folder)["identity"], identity)
+        elif overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
+            with writing(folder):
+                for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
+                    for path in folder.glob(pattern):
+                        path.unlink()
+        return lock
+    except BaseException:
+        lock.release()
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -188,12 +208,13 @@ class Run:
     """One run in its folder. It holds the folder's lock, catches SIGINT and SIGTERM, and decides by itself
     when to log, evaluate and save. Rank 0 alone writes."""
 
-    def __init__(self, cfg, identity, start, ref, score_maximum, policy, pairs, val):
+    def __init__(self, cfg, identity, policy, tokenizer, pairs, val, score_maximum):
         self.cfg, self.identity, self.folder = cfg, identity, Path(cfg.out_dir)
-        self.pairs, self.where = pairs, pairs.where
-        config = dataclasses.asdict(cfg) | {"init": start, "ref": ref}
+        self.policy, self.tokenizer, self.pairs, self.val = policy, tokenizer, pairs, val
+        config = dataclasses.asdict(cfg)
+        config |= config.pop("settings") | {"ref": identity["ref"] and (cfg.ref or cfg.init)}
         config |= {name: full(config[name]) for name in PATHS}
-        self.record = {"config": config, "identity": identity, "finished": None, "folder": full(cfg.out_dir),
+        self.record = {"config": config, "identity": identity, "saved": 0, "finished": None,
                        "score_maximum": None if score_maximum is None else score_maximum.tolist()}
         self.about = report.header(cfg, policy, pairs, val)
         self.first, self.before, self.after = 0, None, None  # first: the step from which the run goes on
@@ -203,8 +224,11 @@ class Run:
         cfg, self.old_handlers, self.signals = self.cfg, {}, []
         self.lock = ranks.on_main(claim, self.folder, self.identity, cfg.resume, cfg.overwrite)
         try:
-            check_shared(self.folder)
-            self.finished = cfg.resume and read_run(self.folder)["finished"] == cfg.steps
+            if ranks.any_of(not self.folder.exists()):
+                raise ConfigError(f"--out_dir {self.folder}: another machine does not see what rank 0 writes "
+                                  "there; choose a folder that all machines share")
+            then = read_run(self.folder) if cfg.resume else {"finished": None}
+            self.finished = then["finished"] == cfg.steps
             if self.finished:
                 report.say(f"{self.folder}: finished at step {cfg.steps}; more --steps go on from there")
             elif not cfg.resume:
@@ -229,19 +253,22 @@ class Run:
         if self.lock:
             self.lock.release()
 
-    def has_checkpoint(self):
-        return self.cfg.resume and any(self.folder.glob("checkpoints/step-*.json"))
-
     def restore(self, policy, optimizer):
-        """Load the newest intact checkpoint of a resumed run, and open the log."""
-        state = checkpoints.load(self.folder, policy, optimizer, self.identity) if self.cfg.resume else None
-        if state:
-            self.first, self.before, self.after = state["step"], state["before"], state["after"]
-        if self.first > self.cfg.steps:
-            raise ConfigError(f"--steps {self.cfg.steps}: the run is at step {self.first} already; choose "
-                              "more")
-        if self.cfg.resume:  # now that nothing refuses it
-            write_json(self.folder / "run.json", self.record)
+        """Load the newest checkpoint of a resumed run, and open the log."""
+        if self.cfg.resume:
+            saved = read_run(self.folder)["saved"]
+            if saved or checkpoints.paths_of(self.folder):
+                self.first, state = checkpoints.load(self.folder, policy, optimizer)
+                check_identity(self.folder, state["identity"], self.identity)
+                self.before = state["before"]
+            else:
+                report.say(f"{self.folder}: nothing was saved before the interruption; the run begins again")
+            if self.first > self.cfg.steps:
+                raise ConfigError(f"--steps {self.cfg.steps}: the run is at step {self.first} already")
+            self.record["saved"] = self.first
+            write_json(self.folder / "run.json", self.record)  # now that nothing refuses it
+        ranks.only_main(pretrained.write_config)(policy, self.folder, self.tokenizer.eot)
+        ranks.only_main(self.tokenizer.save)(self.folder)
         self.log_file = Log(self.folder / "log.jsonl", self.first,
                             self.record | {"resumed_at": self.first} | self.about)
         report.say(report.headline(self.cfg, self.about, self.first))
@@ -256,15 +283,12 @@ class Run:
                 report.stopped(self.stopped, i, self.cfg)
                 raise SystemExit(128 + self.stopped)
 
-    def is_last(self, step):
-        return step == self.cfg.steps or self.stopped is not None
-
     def check(self, step, index, terms, norm):
         """Raise RunError, naming the pairs, where the loss or the gradient is not finite."""
         norm, total = ranks.whole(norm), terms["loss"].sum()
         if not math.isfinite((norm + total).item()):  # the step's one wait for the device
             bad = terms["pair"][~terms["loss"].isfinite()] if not total.isfinite() else terms["pair"]
-            raise RunError(report.unhealthy_step(step, terms, norm, [self.where[int(i)] for i in bad]))
+            raise RunError(report.unhealthy_step(step, terms, norm, [self.pairs.where[int(i)] for i in bad]))
         self.tokens.append(self.pairs.lengths[index].sum())
 
     def log(self, step, numbers, metrics, *args):
@@ -279,123 +303,73 @@ class Run:
         m["peak_memory"] = machine.peak_memory(self.cfg.device)
         self.log_file.write({"step": step} | {name: x for name, x in m.items() if not math.isnan(x)})
         report.say(report.line_of(step, m))
-        for name, text in report.alarms(step, m).items():
+        for name, text in report.alarms(step, m, self.pairs.rows["C"].mean()).items():
             if name not in self.noted:  # once a run: an alarm does not pass by itself
                 report.say(f"  {text}")
                 self.log_file.write({"step": step, "note": text})
                 self.noted.add(name)
         self.clock, self.tokens = time.perf_counter(), []
 
-    def evaluate(self, step, evaluation, *args):
-        """Call evaluation(*args) where one is due, log it, and print what its numbers mean."""
-        if step == self.first:
-            if self.before is None:
-                self.before = evaluation(*args)
-                self.log_file.write({"step": step} | {f"eval/{name}": x for name, x in self.before.items()})
-            self.clock = time.perf_counter()
-            return
-        self.stopped = ranks.agree(self.signals)
-        if not self.is_last(step) and (not self.cfg.eval_every or step % self.cfg.eval_every):
-            return
-        began = time.perf_counter()
-        self.after = evaluation(*args)
-        self.log_file.write({"step": step} | {f"eval/{name}": x for name, x in self.after.items()})
-        if not math.isfinite(self.after["loss"]):
-            raise RunError(f"step {step}: the held-out loss is {self.after['loss']} after the update; not "
-                           "saved, the checkpoints are intact; is --lr far too large?")
-        if "rewards/accuracies" in self.after:
-            report.say(report.held_out_line(step, self.after, self.cfg))
-        self.clock += time.perf_counter() - began
-
     def save(self, step, policy, optimizer):
-        """Write a checkpoint where one is due."""
-        if self.is_last(step) or self.cfg.save_every and step % self.cfg.save_every == 0:
+        """Write a checkpoint where one is due; after a signal, at once."""
+        self.stopped = ranks.agree(self.signals)
+        if step == self.cfg.steps or self.stopped or self.cfg.save_every and step % self.cfg.save_every == 0:
             began = time.perf_counter()
-            checkpoints.save(self.folder, step, policy, optimizer, self.identity,
-                            {"before": self.before, "after": self.after})
+            checkpoints.save(self.folder, step, policy, optimizer,
+                             {"before": self.before, "identity": self.identity})
+            self.record["saved"] = step
+            write_json(self.folder / "run.json", self.record)
             self.clock += time.perf_counter() - began
 
-    def finish(self, policy, tokenizer):
-        """Write the trained model and its tokenizer; the run is then finished."""
-        def write_result(aside):
-            policy.save_pretrained(aside, eos=tokenizer.eot)
-            of_start = self.cfg.init and getattr(tokenizer, "name", None) == str(self.cfg.init)
-            if not (of_start and vocab.copy(self.cfg.init, aside)):
-                tokenizer.save(aside)
+    def evaluate(self, step, evaluation, *args):
+        """Call evaluation(*args) where one is due, log it, and print what its numbers mean."""
+        due = step in (0, self.cfg.steps) or self.cfg.eval_every and step % self.cfg.eval_every == 0
+        if not (due or self.stopped):
+            return
+        began = time.perf_counter()
+        found = evaluation(*args)
+        self.log_file.write({"step": step} | {f"eval/{name}": x for name, x in found.items()})
+        if not math.isfinite(found["loss"]):
+            raise RunError(f"step {step}: the held-out loss is {found['loss']}; is --lr far too large?")
+        if step:
+            self.after = found
+            if "rewards/accuracies" in found:
+                report.say(report.held_out_line(step, found, self.val.rows["C"].mean()))
+        else:
+            self.before = found
+            if self.identity["ref"] and self.identity["ref"] == self.identity["init"]:
+                report.check_start(found, self.cfg)
+        self.clock += time.perf_counter() - began
 
-        ranks.unshard(policy)
+    def finish(self, policy, reference):
+        """Write the trained model and its tokenizer; the run is then finished. Both models become whole."""
+        def write_result(aside):
+            policy.save_pretrained(aside, self.tokenizer.eot)
+            start = self.cfg.init
+            if not (start and vocab.is_in(start) and vocab.copy(start, aside)):
+                self.tokenizer.save(aside)
+
+        for model in filter(None, (policy, reference)):
+            ranks.unshard(model)
         write_folder(self.folder, write_result)
         write_json(self.folder / "run.json", self.record | {"finished": self.cfg.steps})
         ranks.wait()  # the files are there before another rank reads them
 
 
-def claim(folder, identity, resume, overwrite):
-    """Make the folder, lock it against a second writer until the returned lock is released, and compare what
-    the run is with what it was."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(f"--out_dir {folder}: another process is writing there; choose another") from None
-    except OSError as e:
-        raise ConfigError(f"--out_dir {folder}: {e.strerror}; choose a folder that can be written") from None
-    try:
-        check_free(folder, {}, resume, overwrite)  # again: another process may have been there meanwhile
-        if resume:
-            then = read_run(folder)["identity"]
-            differs = [f"{key} was {then.get(key)!r:.40}, is {value!r:.40}"
-                       for key, value in identity.items() if then.get(key) != value]
-            if differs:
-                raise ConfigError(f"--resume: not the run in {folder}: " + "; ".join(differs))
-        elif overwrite:
-            remove_run(folder)
-        return lock
-    except BaseException:
-        lock.release()
-        raise
-
-
-PATIENCE = 60  # seconds after which what rank 0 wrote must have come through a network's file system
-
-
-def check_shared(folder):
-    """Raise ConfigError where rank 0's folder is not that of the other ranks, on another machine: they read
-    checkpoints and the reference's numbers there."""
-    if ranks.world() == 1:
-        return
-    path, number = folder / ".ranks", ranks.largest(0 if ranks.rank() else time.time_ns())
-    ranks.on_main(write_json, path, number)
-
-    def is_seen():
-        try:
-            return path.read_text(encoding="utf-8") == f"{number}\n"
-        except OSError:
-            return False
-
-    end = time.monotonic() + PATIENCE
-    while not is_seen() and time.monotonic() < end:
-        time.sleep(0.1)
-    missed = ranks.any_of(not is_seen())
-    ranks.only_main(path.unlink)()
-    if missed:
-        raise ConfigError(f"--out_dir {folder}: another machine does not see what rank 0 writes there; "
-                          "choose a folder that all machines share")
-
-
 class Log:
-    """log.jsonl: what was logged after the step from which a run goes on is dropped."""
+    """log.jsonl: what was logged after the step from which a run goes on is dropped, and so are evaluations
+    of that step, which are made again where they are due."""
 
     @ranks.only_main
     def __init__(self, path, step, header):
         kept = []
         for line in path.read_bytes().splitlines(True) if path.exists() and step else []:
             try:
-                if not line.endswith(b"\n") or json.loads(line).get("step", 0) > step:
-                    continue
-            except (ValueError, TypeError, AttributeError, RecursionError):
+                record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+            except ValueError:
                 continue  # a line that a kill cut short
-            kept.append(line)
+            if record.get("step", 0) < step or record.get("step") == step and "eval/loss" not in record:
+                kept.append(line)
         write_atomically(path, lambda part: part.write_bytes(b"".join(kept)))
         self.path = path
         self.write(header)

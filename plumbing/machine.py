@@ -20,7 +20,6 @@ import platform
 import shutil
 import sys
 import sysconfig
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -71,34 +70,24 @@ def cannot_compile():
     return None
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def compiled(function):
     """torch.compile of a function, once; sizes may change from call to call."""
     torch._dynamo.config.recompile_limit = 32  # two models, with gradient and without, one row and more
     return torch.compile(function, dynamic=True)
 
 
-with_compiled_blocks = weakref.WeakSet()  # weak: a model that nobody needs any more is not kept
-
-
 def compile_blocks(model, dynamic):
-    """torch.compile of a model's blocks, in place and once: they share a graph, so depth costs no time."""
-    if model not in with_compiled_blocks:
-        with_compiled_blocks.add(model)
-        torch._dynamo.config.recompile_limit = 32
-        for block in model.h:
-            block.compile(dynamic=dynamic)
+    """torch.compile of a new model's blocks, in place: they share a graph, so depth costs no time."""
+    torch._dynamo.config.recompile_limit = 32
+    for block in model.h:
+        block.compile(dynamic=dynamic)
 
 
 def eager():
     """A context in which compiled blocks run as they are written: answers are of ever new lengths."""
     compiling = "torch._dynamo" in sys.modules  # importing it takes a second
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
-
-
-def synchronize(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_memory(device):

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import GPTConfig, ModelError
+from model import GPTConfig
+from plumbing.errors import ModelError
 
 NAMES = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
          "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
@@ -67,6 +68,14 @@ def write(model, folder, eos=None):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     part.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
     part.replace(folder / "model.safetensors")
+
+
+def write_config(model, folder, eos=None):
+    c = model.config
+    eos = c.vocab_size - 1 if eos is None else eos
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+                  "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read(cls, config_class, name_or_folder, vocab_multiple=1):

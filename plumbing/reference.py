@@ -9,38 +9,33 @@ from plumbing.files import write_atomically
 
 
 class Reference:
-    """What the frozen model says of a batch: remembered log-probabilities, or its hidden states for a KL."""
+    """What the frozen model says of a batch, as keyword arguments of train.head."""
 
     def __init__(self, model, hidden_states, response_logps, memory=None):
-        """model, a GPT; hidden_states(batch) -> (N, C); response_logps(batch) -> (N,); memory, a Memory."""
+        """model, a GPT; hidden_states(batch) -> (N, C); response_logps(batch) -> (N,); memory, a Memory, or
+        None to run the model for every batch."""
         self.model, self.hidden_states, self.response_logps = model, hidden_states, response_logps
         self.memory = memory
 
     @torch.no_grad()
     def __call__(self, batch, with_kl):
-        """(log-probabilities (N,), None), or with_kl (None, hidden states (N, C))."""
+        """{"ref_logps": (N,)}, or for a KL, which needs the whole distribution, {"ref_hidden": (N, C),
+        "reference": the model}."""
         if with_kl:
-            return None, self.hidden_states(batch)
+            return {"ref_hidden": self.hidden_states(batch), "reference": self.model}
         if self.memory is None:
-            return self.response_logps(batch), None
-        numbers = batch.numbers
-        known = self.memory.read(numbers)  # (N,), NaN where a pair is new
+            return {"ref_logps": self.response_logps(batch)}
+        known = self.memory.read(batch.numbers)  # (N,), NaN where a pair is new
         if ranks.any_of(bool(known.isnan().any())):  # ranks run a sharded model together, or not at all
             known = torch.where(known.isnan(), self.response_logps(batch).to("cpu", known.dtype), known)
             if batch.weight:  # a rank without a pair of its own computes another's again, and keeps nothing
-                self.memory.write(numbers, known)
-        return move(known, batch.tokens.device), None
+                self.memory.write(batch.numbers, known)
+        return {"ref_logps": move(known, batch.tokens.device)}
 
 
-class NoReference:
+def no_reference(batch, with_kl):
     """For a loss that has none."""
-    model = None
-
-    def __call__(self, batch, with_kl):
-        return None, None
-
-
-no_reference = NoReference()
+    return {}
 
 
 class Memory:
@@ -52,7 +47,7 @@ class Memory:
 
     def __init__(self, folder, pairs, dtype):
         path, kind = folder / "reference-train.npy", np.float64 if dtype == "float64" else np.float32
-        counts = pairs.rows[:, 2:4].sum(-1)  # C + R
+        counts = pairs.rows["C"] + pairs.rows["R"]
         self.ends = np.cumsum(counts)
         self.starts = self.ends - counts
         ranks.on_main(self.make, path, kind)
