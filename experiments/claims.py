@@ -5,17 +5,16 @@
     python experiments/claims.py --tables   README's tables again from the JSON files; --draw: the figures
 """
 
+import beta
 import choose
 import edit_distance
 import frontier
 import segments
 import seqkl
-import surprises
-import unseen
 import weight
 from common import main
 
-CLAIMS = [choose, frontier, weight, edit_distance, seqkl, segments, unseen, surprises]
+CLAIMS = [choose, frontier, weight, edit_distance, seqkl, segments, beta]
 
 if __name__ == "__main__":
     main(CLAIMS)

@@ -31,9 +31,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 COLOURS = {"dpo": "#1f77b4", "dpop": "#d62728", "tdpo1": "#9467bd", "tdpo2": "#2ca02c", "2d-dpo": "#ff7f0e",
            "2d-dpo-vanilla": "#bcbd22", "unselected": "#8c564b", "badness": "#17becf", "sft": "#7f7f7f",
-           "weighted-sft": "#e377c2", "unweighted": "#8c564b", "best-of-n": "#000000"}
+           "weighted-sft": "#e377c2", "unweighted": "#8c564b"}
 LABELS = {"dpo": "DPO", "dpop": "DPOP", "tdpo1": "TDPO1", "tdpo2": "TDPO2", "2d-dpo": "2D-DPO",
-          "sft": "SFT on chosen", "weighted-sft": "reward-weighted SFT", "best-of-n": "best of n"}
+          "sft": "SFT on chosen", "weighted-sft": "reward-weighted SFT"}
+BLOCKS = ("verdicts", "made")  # of the README, beside one for each claim
 # 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -43,8 +44,8 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def dense(steps):
-    """The start and twelve checkpoints."""
-    return tuple(steps * k // 12 for k in range(13))
+    """The start and eight checkpoints."""
+    return tuple(steps * k // 8 for k in range(9))
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,16 @@ class Setting:
     sums: World
     run: Run  # lr, batch, steps, checkpoints, samples of every run in the reviews world
     sums_run: Run
-    betas: tuple = (0.1, 1.0)  # each loss has two knobs on the frontier: as many candidates as the others
-    many_betas: tuple = (0.05, 0.1, 0.3, 1.0, 5.0)
-    lams: tuple = (5.0, 50.0)
-    alphas: tuple = (0.5, 1.0)
+    betas: tuple = (1e-6, 0.01, 0.1, 1.0, 5.0, 20.0)  # of claim 6
     edits: tuple = (1, "all")
-    rates: tuple = (3e-5, 1e-4, 3e-4, 1e-3)  # learning rates to choose from
+    rates: tuple = (1e-4, 3e-4, 1e-3)  # learning rates to choose from
     reference_samples: int = 4096
     least_ess: int = 100  # effective samples below which the re-weighted curve is cut
     levels: tuple = (0.1, 0.25, 0.5, 1.0)  # nats of KL at which losses are compared
 
-    def review_run(self, seed, loss="dpo", beta=0.1, times=1, half_of_nouns=False, **more):
+    def review_run(self, seed, loss="dpo", beta=0.1, times=1, **more):
         """A run in the reviews world; times: that many times as long, with as many checkpoints."""
-        world = replace(self.reviews, seed=seed, half_of_nouns=half_of_nouns)
-        return replace(self.run, world=world, loss=loss, beta=beta, **{
+        return replace(self.run, world=replace(self.reviews, seed=seed), loss=loss, beta=beta, **{
             "steps": times * self.run.steps, "checkpoints": tuple(times * c for c in self.run.checkpoints)
         } | more)
 
@@ -82,8 +79,8 @@ FULL = Setting("full", (0, 1, 2, 3, 4), REVIEWS, SUMS,
                Run(REVIEWS, lr=1e-4, batch_size=32, steps=60, checkpoints=dense(60), samples=128),
                Run(SUMS, lr=3e-4, beta=0.3, batch_size=32, steps=40, checkpoints=(0, 40)))
 QUICK = replace(FULL, name="quick", seeds=(0,), reviews=replace(REVIEWS, sft_steps=200),
-                sums=replace(SUMS, sft_steps=200), betas=(1.0,), many_betas=(0.1, 1.0, 5.0), lams=(50.0,),
-                alphas=(0.5,), rates=(1e-4, 1e-3), reference_samples=2048,
+                sums=replace(SUMS, sft_steps=200), betas=(0.1, 5.0), rates=(1e-4, 1e-3),
+                reference_samples=2048,
                 run=replace(FULL.run, lr=2e-4, steps=24, checkpoints=dense(24), samples=48),
                 sums_run=replace(FULL.sums_run, steps=24, checkpoints=(0, 24)))
 _small = {"pairs": 40, "preferred": 16, "held_out": 8, "n_layer": 1, "n_embd": 8, "sft_steps": 2}
@@ -124,7 +121,7 @@ def kept(job):
 
 def world_of(thing):
     """The world whose reference a job needs: the pairs of preferences are not its business."""
-    return replace(thing.world if isinstance(thing, Run) else thing[0], edits=1, half_of_nouns=False)
+    return replace(thing.world if isinstance(thing, Run) else thing[0], edits=1)
 
 
 def perform(things, store, workers, say):
@@ -164,16 +161,36 @@ def cell(values, digits=2, sign=""):
     return text + (f" ({len(known)} of {len(values)} seeds)" if len(known) < len(values) else "")
 
 
+def p_value(differences):
+    """Two-sided p of Student's t for a mean of 0. With t = sqrt(n - 1) tan x the density is cos^(n - 2) x."""
+    d, n = np.asarray(differences, dtype=float), len(differences)
+    if n < 2 or not d.std():
+        return None
+    t = abs(d.mean()) / (d.std(ddof=1) / math.sqrt(n))
+    x = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(x) ** (n - 2)
+    return float(density[x > math.atan(t / math.sqrt(n - 1))].sum() / density.sum())
+
+
+def differences_of(values, base):
+    """Paired by seed, where both seeds have a value."""
+    return [a - b for a, b in zip(values, base, strict=True) if a is not None and b is not None]
+
+
 def versus(values, base, digits=2):
-    """The paired difference, seed by seed, and what its interval says."""
-    pairs = [(a, b) for a, b in zip(values, base, strict=True) if a is not None and b is not None]
-    if not pairs:
+    """The paired difference, seed by seed, its 95 % interval and its p."""
+    differences = differences_of(values, base)
+    if not differences:
         return "–"
-    differences = [a - b for a, b in pairs]
-    mean, half = mean_and_half(differences)
-    verdict = "one seed" if half is None else "no difference seen" if abs(mean) <= half else \
-        "above" if mean > 0 else "below"
-    return f"{cell(differences, digits, '+')}, {verdict}"
+    p = p_value(differences)
+    return cell(differences, digits, "+") + ("" if p is None else f", p {p:.2g}")
+
+
+def verdict(claim, compared, digits=3):
+    """A row of the table of verdicts: what the papers say, and {label: (values, base)} compared by seed."""
+    seen = {label: {"text": versus(*pair, digits), "p": p_value(differences_of(*pair))}
+            for label, pair in compared.items()}
+    return {"claim": claim, "seen": seen}
 
 
 def reaches(xs, ys, x):
@@ -275,16 +292,6 @@ def commit():
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 
 
-def peak_of_workers():
-    """MB: the largest resident size of a process, or None where there is no telling."""
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return None
-    unit = 2**20 if platform.system() == "Darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit)
-
-
 def hardware():
     name = platform.processor() or platform.machine()
     try:
@@ -315,8 +322,7 @@ def run_claims(claims, setting, places, store, workers, say=print, command=""):
         write(claim, summary, places, say)
     total = {"wall_s": round(time.perf_counter() - start), "runs": len(results),
              "cpu_s": round(sum(r["cpu_s"] for r in results.values())),
-             "taken_from_store": sum("from_store" in r for r in results.values()),
-             "peak_memory_mb": peak_of_workers()}
+             "taken_from_store": sum("from_store" in r for r in results.values())}
     if len(claims) > 1:
         (places.results / "made.json").write_text(json.dumps(made | total, indent=1) + "\n", encoding="utf-8")
     say(f"{total['wall_s']} s, {total['cpu_s']} CPU seconds in {total['runs']} runs and references, "
@@ -346,14 +352,26 @@ def with_tables(text, results):
 
     def block(match):
         if match[1] == "verdicts":
-            names = re.findall(r"<!-- tables (\w+) -->", text)
-            rows = [row for name in names if name != "verdicts" for row in read(name).get("verdicts", ())]
-            new = markdown({"tables": [table("Differences are paired by seed, ± 95 % interval",
-                                             ["the papers say", "seen here"], rows)]})
+            names = [name for name in re.findall(r"<!-- tables (\w+) -->", text) if name not in BLOCKS]
+            new = verdicts([row for name in names for row in read(name).get("verdicts", ())])
         else:
             new = made_line(read("made")) if match[1] == "made" else markdown(read(match[1]))
         return f"<!-- tables {match[1]} -->\n{new}<!-- end -->"
     return re.sub(r"<!-- tables (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def verdicts(rows):
+    """The table of verdicts, and which of its comparisons survive Bonferroni's correction."""
+    shown = [[row["claim"], "; ".join(f"{label}: {x['text']}" for label, x in row["seen"].items())]
+             for row in rows]
+    ps = [(f"{row['claim']} ({label})", x["p"]) for row in rows for label, x in row["seen"].items()
+          if x["p"] is not None]
+    level = 0.05 / max(1, len(ps))
+    few = "; ".join(name for name, p in ps if p < level) or "none"
+    return markdown({"tables": [table("Differences are paired by seed, ± 95 % interval, p of Student's t",
+                                      ["the papers say", "seen here"], shown)]}) + (
+        f"**Of {len(ps)} comparisons {sum(p < 0.05 for _, p in ps)} have p < 0.05; Bonferroni asks for p < "
+        f"{level:.2g}, and {sum(p < level for _, p in ps)} survive:** {few}.\n")
 
 
 def made_line(made):

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import torch
-from common import COLOURS, band, bars, cell, checkpoint, figure, main, reaches, save, series, table, versus
+from common import COLOURS, band, bars, cell, checkpoint, figure, main, reaches, save, series, table, verdict, versus
 from replay import data, encoded, losses
 
 NAME, TITLE = "segments", "Claim 5. Segments and aspects (2D-DPO)"
@@ -18,9 +18,7 @@ VARIANTS = {  # name -> (loss, knobs, label, colour)
     "vanilla": ("2d-dpo-vanilla", {}, "vanilla = segments only", COLOURS["2d-dpo-vanilla"]),
     "badness": ("2d-dpo-vanilla", {"rejected_weight": "badness"}, "vanilla, badness", COLOURS["badness"]),
     "grouped": ("2d-dpo", {}, "Eq. 6", COLOURS["2d-dpo"]),
-    "unselected": ("unselected", {}, "Eq. 6 without selection", COLOURS["unselected"]),
-    "helpfulness": ("2d-dpo", {"aspect_weights": (1.0, 0.0)}, "Eq. 6, helpfulness", "#c7a000"),
-    "relevance": ("2d-dpo", {"aspect_weights": (0.0, 1.0)}, "Eq. 6, relevance", "#a05a00")}
+    "unselected": ("unselected", {}, "Eq. 6 without selection", COLOURS["unselected"])}
 BAD, GOOD = (0, 2), (6, 8)  # helpfulness + relevance of a sentence
 SHOWN = ("dpo", "vanilla", "badness", "grouped")
 
@@ -92,33 +90,26 @@ def summarise(setting, results):
             of = equal[key]
             rows.append([f"{VARIANTS[one][2]} − {VARIANTS[other][2]}", what,
                          *(versus(of[one][level], of[other][level]) for level in of[one])])
-    for key in ("helpfulness", "relevance"):
-        of = equal[key]
-        rows.append(["Eq. 6, W on helpfulness − W on relevance", f"{key} of samples",
-                     *(versus(of["helpfulness"][level], of["relevance"][level]) for level in of["dpo"])])
     asked_rows = [[VARIANTS[name][2], *(cell([p[name][k] for p in pushes]) for k in (0, 2, 4, 6, 8))]
                   for name in SHOWN]
     level = f"{setting.levels[(len(setting.levels) - 1) // 2]:g}"
 
     def less(key, one, other):
-        return f"{versus(equal[key][one][level], equal[key][other][level])} (KL {level})"
+        what = {"reward": "reward", "credit": "good − bad"}[key]
+        label = f"{what}, {VARIANTS[one][2]} − {VARIANTS[other][2]}, KL {level}"
+        return {label: (equal[key][one][level], equal[key][other][level])}
 
-    verdicts = [["Segment scores sharpen the credit",
-                 f"good − bad, Eq. 6 − DPO: {less('credit', 'grouped', 'dpo')}"],
-                ["Segments beat aspects alone",
-                 f"reward, vanilla − aspects: {less('reward', 'vanilla', 'aspects')}"],
-                ["Grouping beats vanilla",
-                 f"reward, Eq. 6 − vanilla: {less('reward', 'grouped', 'vanilla')}"],
-                ["Eq. 6's selection matters",
-                 f"with − without: reward {less('reward', 'grouped', 'unselected')}; "
-                 f"good − bad {less('credit', 'grouped', 'unselected')}"]]
+    verdicts = [verdict("Segment scores sharpen the credit", less("credit", "grouped", "dpo"), 2),
+                verdict("Segments beat aspects alone", less("reward", "vanilla", "aspects"), 2),
+                verdict("Grouping beats vanilla", less("reward", "grouped", "vanilla"), 2),
+                verdict("Eq. 6's selection matters", less("reward", "grouped", "unselected")
+                        | less("credit", "grouped", "unselected"), 2)]
     return {"verdicts": verdicts, "traces": traces, "equal": equal, "asked": pushes, "tables": [
         table(f"At equal KL(π‖π_ref) of samples, β {BETA:g}: paired differences by seed, ± 95 % interval; "
-              "between neighbours of 12 checkpoints. good − bad: the mean log-ratio of good held-out "
+              "between neighbours of 8 checkpoints. good − bad: the mean log-ratio of good held-out "
               "sentences (scores sum to 6–8 of 8) less that of bad ones (0–2)",
               ["", "quantity", *(f"KL {level:g}" for level in setting.levels)], rows),
-        table(f"Step {setting.run.steps}: samples and credit, mean ± 95 % interval over seeds. W is uniform "
-              "but in the last two",
+        table(f"Step {setting.run.steps}: samples and credit, mean ± 95 % interval over seeds. W is uniform",
               ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance",
                                "in the grammar"], last),
         table("The push down that the loss asks of a rejected sentence at π = π_ref, by its score, in units "

@@ -5,22 +5,32 @@
 
 import sys
 
-import matplotlib
 import numpy as np
-from common import COLOURS, band, bars, cell, checkpoint, figure, main, reaches, save, series, table, versus
+from common import (
+    COLOURS,
+    band,
+    bars,
+    cell,
+    checkpoint,
+    figure,
+    main,
+    reaches,
+    save,
+    series,
+    table,
+    verdict,
+    versus,
+)
 
 NAME, TITLE = "seqkl", "Claim 4. Sequential KL and diversity (TDPO, Fig. 3)"
-BETA = 1.0  # at which the runs stay near the reference
+BETA = 0.1
 
 
 def variants(setting):
     """name -> (loss, knobs, label, colour)."""
-    greens = [matplotlib.colors.to_hex(c)
-              for c in matplotlib.colormaps["Greens"](np.linspace(0.4, 0.95, len(setting.alphas)))]
-    return {"dpo": ("dpo", {}, "DPO", COLOURS["dpo"]), "tdpo1": ("tdpo1", {}, "TDPO1", COLOURS["tdpo1"])} | {
-        f"tdpo2-{alpha:g}": ("tdpo2", {"alpha": alpha}, f"TDPO2, α {alpha:g}",
-                             COLOURS["tdpo2"] if alpha == 0.5 else green)
-        for alpha, green in zip(setting.alphas, greens, strict=True)}
+    return {"dpo": ("dpo", {}, "DPO", COLOURS["dpo"]), "tdpo1": ("tdpo1", {}, "TDPO1", COLOURS["tdpo1"]),
+            "tdpo2-0.5": ("tdpo2", {"alpha": 0.5}, "TDPO2, α 0.5", COLOURS["tdpo2"]),
+            "tdpo2-1": ("tdpo2", {"alpha": 1.0}, "TDPO2, α 1", "#0b5d1e")}
 
 
 def run_of(setting, seed, name):
@@ -67,12 +77,14 @@ def summarise(setting, results):
              for key, of in equal_kl.items() for name in of if name != "dpo"]
     first = [checkpoint(results[run_of(setting, seed, "dpo")], 0)["samples"] for seed in setting.seeds]
     ends = {name: {key: [row[-1] for row in t[key]] for key in PICKS} for name, t in traces.items()}
-    lower = versus(ends["tdpo2-0.5"]["chosen_kl"], ends["dpo"]["chosen_kl"])
-    verdicts = [["TDPO2 holds the sequential KL down", f"of chosen, α 0.5 − DPO: {lower}"],
-                ["TDPO1 lets SeqKL of rejected stay below that of chosen", "rejected − chosen: "
-                 + versus(ends["tdpo1"]["rejected_kl"], ends["tdpo1"]["chosen_kl"], 3)],
-                ["TDPO2 needs less KL for the same reward", "KL at equal reward, α 0.5 − DPO: "
-                 + versus(equal_reward["tdpo2-0.5"], equal_reward["dpo"], 3)]]
+    two = ends["tdpo2-0.5"]
+    verdicts = [verdict("TDPO2 holds the sequential KL down",
+                        {"of chosen, α 0.5 − DPO": (two["chosen_kl"], ends["dpo"]["chosen_kl"])}),
+                verdict("TDPO1 lets SeqKL of rejected stay below that of chosen",
+                        {"rejected − chosen": (ends["tdpo1"]["rejected_kl"], ends["tdpo1"]["chosen_kl"])}),
+                verdict("TDPO2 needs less KL for the same reward",
+                        {"KL at equal reward, α 0.5 − DPO": (equal_reward["tdpo2-0.5"],
+                                                             equal_reward["dpo"])})]
     return {"verdicts": verdicts, "traces": traces, "targets": targets,
             "equal_reward": equal_reward, "equal_kl": equal_kl,
             "variants": {name: v[2:] for name, v in variants(setting).items()}, "tables": [
@@ -81,7 +93,7 @@ def summarise(setting, results):
               ["", "SeqKL chosen", "less DPO's, paired", "rejected − chosen, paired", "KL of samples",
                "true reward", "accuracy"], last),
         table(f"KL(π‖π_ref) where a run first reaches a true reward of {cell(targets)} (each seed's own: "
-              "half-way to the lowest peak), linearly between neighbours of 12 checkpoints",
+              "half-way to the lowest peak), linearly between neighbours of 8 checkpoints",
               ["", "KL, nats", "less DPO's, paired"], same),
         table("At equal KL, less DPO's, paired by seed, ± 95 % interval (reference: entropy "
               f"{cell([x['entropy'][0] for x in first], 3)} nats per token, distinct 3-grams "

@@ -9,12 +9,25 @@ with a false label get more of it, and what happens without it, are.
 import sys
 
 import numpy as np
-from common import COLOURS, band, cell, checkpoint, figure, main, save, series, table, versus
+from common import (
+    COLOURS,
+    band,
+    cell,
+    checkpoint,
+    figure,
+    main,
+    reaches,
+    save,
+    series,
+    table,
+    verdict,
+    versus,
+)
 
 NAME, TITLE = "weight", "Claim 2. The weight in DPO's gradient (DPO, §4)"
 GROUPS = {"label_false": ("false label", "#d62728"), "label_true": ("true label", "#1f77b4")}
+LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)  # nats of KL at which the two are compared
 VARIANTS = {"dpo-0.1": ("dpo", 0.1, "DPO, β 0.1", COLOURS["dpo"]),
-            "dpo-1": ("dpo", 1.0, "DPO, β 1", "#7fb8e0"),
             "unweighted": ("unweighted", 0.1, "weight held at ½", COLOURS["unweighted"])}
 
 
@@ -62,14 +75,15 @@ def summarise(setting, results):
             false, true = ([w[at] for w in weights[name][group]] for group in GROUPS)
             row = [cell(false, 3), cell(true, 3), versus(false, true, 3)]
             weight_rows.append([label, where, *row])
-    false, true = ([w[-1] for w in weights["dpo-1"][group]] for group in GROUPS)
-    ends = {name: [row[-1] for row in trace[name]["reward"]] for name in VARIANTS}
-    verdicts = [["(ours) The weight singles out falsely labelled pairs",
-                 f"weight of false − true labels, β 1, last twelfth: {versus(false, true, 3)}"],
-                ["Without the weight the policy degenerates",
-                 f"true reward at step {2 * setting.run.steps}, β 0.1: without {cell(ends['unweighted'])}, "
-                 f"with {cell(ends['dpo-0.1'])}; with − without "
-                 f"{versus(ends['dpo-0.1'], ends['unweighted'])}"]]
+    false, true = ([w[-1] for w in weights["dpo-0.1"][group]] for group in GROUPS)
+    seen = {}
+    for level in LEVELS:
+        at = [[reaches(kl, reward, level) for kl, reward in zip(trace[name]["kl"], trace[name]["reward"],
+                                                                strict=True)] for name in VARIANTS]
+        seen[f"reward with − without the weight, KL {level:g}"] = at
+    verdicts = [verdict("(ours) The weight singles out falsely labelled pairs",
+                        {"weight of false − true labels, last twelfth": (false, true)}),
+                verdict("Without the weight the policy degenerates", seen, 2)]
     return {"verdicts": verdicts, "weights": weights, "trace": trace, "tables": [
         table("Mean gradient weight σ(r̂_l − r̂_w) of the training pairs in the first, middle and last "
               f"twelfth of {2 * setting.run.steps} steps, by whether the noisy label agrees with the true "
@@ -83,7 +97,7 @@ def summarise(setting, results):
 
 
 def draw(s, path):
-    fig, axes = figure(1, 4, width=3.7, height=3.2)
+    fig, axes = figure(1, 3, width=4.2, height=3.2)
     for axis, name in zip(axes[0], s["weights"], strict=False):
         for group, (label, colour) in GROUPS.items():
             values = np.array(s["weights"][name][group], dtype=float)
@@ -93,11 +107,11 @@ def draw(s, path):
         axis.set(title=VARIANTS[name][2], xlabel="step", ylabel="weight σ(r̂_l − r̂_w)", ylim=(0, 0.85))
     axes[0, 0].legend(fontsize=7, loc="upper left")
     panels = {"reward": "true reward of samples", "chosen": "log-ratio of held-out chosen, nats"}
-    for axis, (key, label) in zip(axes[0, 2:], panels.items(), strict=True):
+    for axis, (key, label) in zip(axes[0, 1:], panels.items(), strict=True):
         for name, trace in s["trace"].items():
             band(axis, trace["steps"], trace[key], VARIANTS[name][2], VARIANTS[name][3])
         axis.set(xlabel="step", ylabel=label, title="with and without the weight")
-    axes[0, 2].legend(fontsize=7, loc="lower left")
+    axes[0, 1].legend(fontsize=7, loc="lower left")
     save(fig, path)
 
 
