@@ -13,29 +13,31 @@ RATES = {"AdamW": None, "SGD": 0.05}  # None: the setting's; both clip the gradi
 
 
 def run_of(setting, seed, optimizer, beta):
-    """0.1 under AdamW is a run of other claims; the others are sampled at their ends only."""
     rate = {"lr": RATES[optimizer]} if RATES[optimizer] else {}
-    ends = {} if (optimizer, beta) == ("AdamW", 0.1) else {"checkpoints": (0, setting.run.steps)}
-    return setting.review_run(seed, "dpo", beta, optimizer=optimizer, **rate, **ends)
+    return setting.review_run(seed, "dpo", beta, optimizer=optimizer, checkpoints=(0, setting.run.steps),
+                              **rate)
 
 
 def runs(setting):
     return [run_of(setting, seed, optimizer, beta) for seed in setting.seeds for optimizer in RATES
-            for beta in setting.betas]
+            for beta in setting.many_betas]
 
 
-def summarise(setting, results):
-    kl, rows, betas = {}, [], setting.betas
-    for optimizer in RATES:
-        kl[optimizer] = [[checkpoint(results[run_of(setting, seed, optimizer, beta)])["samples"]["kl"][0]
-                          for beta in betas] for seed in setting.seeds]
-        rows.append([optimizer, *(cell(column, 3) for column in zip(*kl[optimizer], strict=True))])
-    logs = np.log(kl["AdamW"])
-    low = betas.index(0.1)
-    verdicts = [verdict(f"A larger β holds the policy closer (AdamW, β {betas[-1]:g} against 0.1)",
-                        {"logarithm of KL, difference": (logs[:, -1].tolist(), logs[:, low].tolist())}, 2)]
+def measure(setting, results):
+    return {"betas": setting.many_betas, "kl": {optimizer: [
+        [checkpoint(results[run_of(setting, seed, optimizer, beta)])["samples"]["kl"][0]
+         for beta in setting.many_betas] for seed in setting.seeds] for optimizer in RATES}}
+
+
+def report(setting, s):
+    betas, logs, kl = s["betas"], np.log(s["kl"]["AdamW"]), s["kl"]
+    low = list(betas).index(0.1)
     most = [betas[int(np.argmax(row))] for row in kl["SGD"]]
-    return {"verdicts": verdicts, "betas": betas, "kl": kl, "most": most, "tables": [
+    rows = [[name, *(cell(column, 3) for column in zip(*of, strict=True))] for name, of in kl.items()]
+    compared = {"logarithm of KL, difference": (logs[:, -1].tolist(), logs[:, low].tolist())}
+    return {"verdicts": [
+        verdict(f"A larger β holds the policy closer (AdamW, β {betas[-1]:g} against 0.1)", compared, 2)],
+            "tables": [
         table(f"DPO on reviews, KL(π‖π_ref) of samples after {setting.run.steps} steps, nats; mean ± 95 % "
               f"interval over seeds. AdamW: learning rate {setting.run.lr:g}; SGD: {RATES['SGD']:g}, no "
               "momentum; both clip at 1. β that moves furthest under SGD, a seed each: "
@@ -47,7 +49,7 @@ def draw(s, path):
     fig, axes = figure(1, 1, width=6.4, height=3.4)
     for optimizer, colour in (("AdamW", COLOURS["dpo"]), ("SGD", COLOURS["dpop"])):
         band(axes[0, 0], s["betas"], s["kl"][optimizer], optimizer, colour, marker="o")
-    axes[0, 0].set(xscale="log", yscale="symlog", xlabel="β", ylabel="KL(policy ‖ reference), nats",
+    axes[0, 0].set(xscale="log", xlabel="β", ylabel="KL(policy ‖ reference), nats",
                    title="after equally many steps of DPO (95 % bands)")
     axes[0, 0].set_yscale("symlog", linthresh=0.01)
     axes[0, 0].legend(fontsize=8)

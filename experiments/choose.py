@@ -19,7 +19,7 @@ def candidates(setting):
     for lr in setting.rates:
         reviews = setting.review_run(SEED, "dpo", BETAS["reviews"], lr=lr, samples=0)
         sums = setting.sums_runs(SEED, 1, beta=BETAS["sums"], lr=lr)
-        runs["reviews", lr], runs["sums", lr] = reviews, replace(sums, checkpoints=dense(sums.steps)[::2])
+        runs["reviews", lr], runs["sums", lr] = reviews, replace(sums, checkpoints=dense(sums.steps)[::4])
     return runs
 
 
@@ -27,23 +27,24 @@ def runs(setting):
     return list(candidates(setting).values())
 
 
-def summarise(setting, results):
-    rows, curves = [], {}
-    for (world, lr), run in candidates(setting).items():
-        records = results[run]["checkpoints"]
-        losses = [c["held_out"]["loss"] for c in records]
-        curves[f"{world} {lr:g}"] = [[c["step"] for c in records], losses]
-        rows.append([world, f"{lr:g}", f"{min(losses):.4f}", f"{losses[-1]:.4f}",
-                     f"{records[-1]['held_out']['rewards/accuracies']:.3f}"])
-    chosen = {world: min(setting.rates, key=lambda lr, world=world: min(curves[f"{world} {lr:g}"][1]))
-              for world in BETAS}
+def measure(setting, results):
+    curves = {f"{world} {lr:g}": [[c["step"] for c in results[run]["checkpoints"]],
+                                  [c["held_out"]["loss"] for c in results[run]["checkpoints"]]]
+              for (world, lr), run in candidates(setting).items()}
+    return {"curves": curves}
+
+
+def report(setting, s):
+    losses = {name: y for name, (_, y) in s["curves"].items()}  # "WORLD RATE": losses at the checkpoints
+    rows = [[*name.split(), f"{min(y):.4f}", f"{y[-1]:.4f}"] for name, y in losses.items()]
+    best = {world: min((min(y), name.split()[1]) for name, y in losses.items() if name.startswith(world))[1]
+            for world in BETAS}
     used = {"reviews": setting.run.lr, "sums": setting.sums_run.lr}
-    return {"curves": curves, "chosen": chosen, "used": used, "tables": [table(
+    return {"tables": [table(
         f"DPO, seed {SEED} alone, β {BETAS['reviews']:g} (reviews), {BETAS['sums']:g} (sums, one edited "
-        f"digit): held-out loss and accuracy ({setting.reviews.held_out} pairs). "
-        + "; ".join(f"{world}: the least loss is at {lr:g}, the runs use {used[world]:g}"
-                    for world, lr in chosen.items()),
-        ["world", "learning rate", "least loss", "last loss", "last accuracy"], rows)]}
+        f"digit): held-out loss ({setting.reviews.held_out} pairs). " + "; ".join(
+            f"{world}: the least loss is at {float(lr):g}, the runs use {used[world]:g}"
+            for world, lr in best.items()), ["world", "learning rate", "least loss", "last loss"], rows)]}
 
 
 def draw(s, path):

@@ -1,6 +1,7 @@
 """What the claims share: sizes, command line, tables, colours, and where things are written.
 
-A claim is a module with NAME, TITLE, runs(setting), summarise(setting, results) -> JSON, draw(JSON, path).
+A claim is a module with NAME, TITLE, runs(setting), measure(setting, results) -> numbers, report(setting,
+numbers) -> tables and verdicts, draw(numbers, path). A JSON file holds all three: --tables reports again.
 """
 
 import argparse
@@ -44,8 +45,8 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def dense(steps):
-    """The start and eight checkpoints."""
-    return tuple(steps * k // 8 for k in range(9))
+    """The start and twelve checkpoints."""
+    return tuple(steps * k // 12 for k in range(13))
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,12 @@ class Setting:
     sums: World
     run: Run  # lr, batch, steps, checkpoints, samples of every run in the reviews world
     sums_run: Run
-    betas: tuple = (1e-6, 0.01, 0.1, 1.0, 5.0, 20.0)  # of claim 6
+    betas: tuple = (0.1, 1.0)  # each loss has two knobs on the frontier: as many candidates as the others
+    many_betas: tuple = (1e-6, 0.01, 0.1, 1.0, 5.0, 20.0)
+    lams: tuple = (5.0, 50.0)
+    alphas: tuple = (0.5, 1.0)
     edits: tuple = (1, "all")
-    rates: tuple = (1e-4, 3e-4, 1e-3)  # learning rates to choose from
+    rates: tuple = (3e-5, 1e-4, 3e-4, 1e-3)  # learning rates to choose from
     reference_samples: int = 4096
     least_ess: int = 100  # effective samples below which the re-weighted curve is cut
     levels: tuple = (0.1, 0.25, 0.5, 1.0)  # nats of KL at which losses are compared
@@ -79,8 +83,8 @@ FULL = Setting("full", (0, 1, 2, 3, 4), REVIEWS, SUMS,
                Run(REVIEWS, lr=1e-4, batch_size=32, steps=60, checkpoints=dense(60), samples=128),
                Run(SUMS, lr=3e-4, beta=0.3, batch_size=32, steps=40, checkpoints=(0, 40)))
 QUICK = replace(FULL, name="quick", seeds=(0,), reviews=replace(REVIEWS, sft_steps=200),
-                sums=replace(SUMS, sft_steps=200), betas=(0.1, 5.0), rates=(1e-4, 1e-3),
-                reference_samples=2048,
+                sums=replace(SUMS, sft_steps=200), betas=(1.0,), many_betas=(0.1, 5.0), lams=(50.0,),
+                alphas=(0.5,), rates=(1e-4, 1e-3), reference_samples=2048,
                 run=replace(FULL.run, lr=2e-4, steps=24, checkpoints=dense(24), samples=48),
                 sums_run=replace(FULL.sums_run, steps=24, checkpoints=(0, 24)))
 _small = {"pairs": 40, "preferred": 16, "held_out": 8, "n_layer": 1, "n_embd": 8, "sft_steps": 2}
@@ -315,11 +319,10 @@ def run_claims(claims, setting, places, store, workers, say=print, command=""):
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             "load_at_start": load, "workers": workers}
     for claim, runs in wanted.items():
-        summary = {"claim": claim.NAME, "title": claim.TITLE}
-        summary |= claim.summarise(setting, {run: results[run] for run in runs})
+        numbers = claim.measure(setting, {run: results[run] for run in runs})
         cpu_s = round(sum(results[run]["cpu_s"] for run in runs))
-        summary["made"] = made | {"runs": len(runs), "cpu_s": cpu_s}
-        write(claim, summary, places, say)
+        numbers["made"] = made | {"runs": len(runs), "cpu_s": cpu_s}
+        say(write(claim, setting, numbers, places))
     total = {"wall_s": round(time.perf_counter() - start), "runs": len(results),
              "cpu_s": round(sum(r["cpu_s"] for r in results.values())),
              "taken_from_store": sum("from_store" in r for r in results.values())}
@@ -329,17 +332,24 @@ def run_claims(claims, setting, places, store, workers, say=print, command=""):
         f"{total['taken_from_store']} of them from the store")
 
 
-def write(claim, summary, places, say):
-    text = json.dumps(summary, indent=None, separators=(",", ":"), default=float)
+def write(claim, setting, numbers, places):
+    """The JSON, with tables and verdicts made of its numbers, and the figure. Returns the tables' text."""
+    summary = json.loads(json.dumps(numbers | {"title": claim.TITLE}, default=float))
+    summary |= claim.report(setting, summary)
+    text = json.dumps(summary, separators=(",", ":"), default=float)
     (places.results / f"{claim.NAME}.json").write_text(text + "\n", encoding="utf-8")
-    claim.draw(json.loads(text), places.figures / f"{claim.NAME}.png")
-    say(f"\n{claim.TITLE}\n\n{markdown(summary)}")
+    claim.draw(summary, places.figures / f"{claim.NAME}.png")
+    return f"\n{claim.TITLE}\n\n{markdown(summary)}"
 
 
-def draw_again(claims, places):
+def report_again(claims, setting, places):
+    """Run nothing: tables, verdicts, figures and the README from the numbers in the JSON files."""
     for claim in claims:
-        summary = json.loads((places.results / f"{claim.NAME}.json").read_text(encoding="utf-8"))
-        claim.draw(summary, places.figures / f"{claim.NAME}.png")
+        numbers = json.loads((places.results / f"{claim.NAME}.json").read_text(encoding="utf-8"))
+        write(claim, setting, numbers, places)
+    if places.results == HERE / "results":
+        text = with_tables(places.readme.read_text(encoding="utf-8"), places.results)
+        places.readme.write_text(text, encoding="utf-8")
 
 
 def with_tables(text, results):
@@ -395,8 +405,8 @@ def main(claims, argv=None):
     parser.add_argument("--out", type=Path, help="folder for results/ and figures/; default: this script's")
     parser.add_argument("--store", type=Path, default=ROOT / "out" / "claims" / "runs",
                         help="finished runs, reused by the next call; default out/claims/runs")
-    parser.add_argument("--draw", action="store_true", help="run nothing: figures from the JSON files")
-    parser.add_argument("--tables", action="store_true", help="run nothing: README's tables from the JSON")
+    parser.add_argument("--tables", action="store_true",
+                        help="run nothing: tables, verdicts, figures and README from the numbers in the JSON")
     args = parser.parse_args(argv)
     setting = TINY if args.tiny else QUICK if args.quick else FULL
     if args.seeds:
@@ -404,13 +414,8 @@ def main(claims, argv=None):
     out = args.out or (HERE if setting.name == "full" else ROOT / "out" / "claims" / setting.name)
     places = Places(out / "results", out / "figures")
     torch.set_num_threads(1)
-    if args.tables or args.draw:
-        if args.draw:
-            draw_again(claims, places)
-        if args.tables:
-            text = with_tables(places.readme.read_text(encoding="utf-8"), places.results)
-            places.readme.write_text(text, encoding="utf-8")
-        return
+    if args.tables:
+        return report_again(claims, setting, places)
     flags = sys.argv[1:] if argv is None else argv
     run_claims(claims, setting, places, args.store, args.workers, say=lambda text: print(text, flush=True),
                command=" ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *flags]))

@@ -5,9 +5,10 @@
 
 import sys
 
+import common
 import numpy as np
 import torch
-from common import COLOURS, band, bars, cell, checkpoint, figure, main, reaches, save, series, table, verdict, versus
+from common import COLOURS, band, bars, cell, figure, main, reaches, save, series, table, verdict, versus
 from replay import data, encoded, losses
 
 NAME, TITLE = "segments", "Claim 5. Segments and aspects (2D-DPO)"
@@ -18,7 +19,9 @@ VARIANTS = {  # name -> (loss, knobs, label, colour)
     "vanilla": ("2d-dpo-vanilla", {}, "vanilla = segments only", COLOURS["2d-dpo-vanilla"]),
     "badness": ("2d-dpo-vanilla", {"rejected_weight": "badness"}, "vanilla, badness", COLOURS["badness"]),
     "grouped": ("2d-dpo", {}, "Eq. 6", COLOURS["2d-dpo"]),
-    "unselected": ("unselected", {}, "Eq. 6 without selection", COLOURS["unselected"])}
+    "unselected": ("unselected", {}, "Eq. 6 without selection", COLOURS["unselected"]),
+    "helpfulness": ("2d-dpo", {"aspect_weights": (1.0, 0.0)}, "Eq. 6, helpfulness", "#c7a000"),
+    "relevance": ("2d-dpo", {"aspect_weights": (0.0, 1.0)}, "Eq. 6, relevance", "#a05a00")}
 BAD, GOOD = (0, 2), (6, 8)  # helpfulness + relevance of a sentence
 SHOWN = ("dpo", "vanilla", "badness", "grouped")
 
@@ -72,46 +75,54 @@ PICKS = {"kl": lambda c: c["samples"]["kl"][0], "reward": lambda c: c["samples"]
          "relevance": lambda c: c["samples"]["relevance"][0]}
 
 
-def summarise(setting, results):
-    pushes = [asked(setting.review_run(seed).world) for seed in setting.seeds]
-    traces, last, n = {}, [], range(len(setting.seeds))
-    for name, (_, _, label, _) in VARIANTS.items():
+def measure(setting, results):
+    traces = {}
+    for name in VARIANTS:
         seeds = [results[run_of(setting, seed, name)] for seed in setting.seeds]
         traces[name] = {"steps": series(seeds, PICKS["kl"])[0]}
         traces[name] |= {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
-        valid = [checkpoint(r)["samples"]["valid"] for r in seeds]
-        last.append([label, *(cell([row[-1] for row in traces[name][key]]) for key in PICKS), cell(valid)])
-    equal = {key: {name: {f"{level:g}": [reaches(t["kl"][i], t[key][i], level) for i in n]
-                          for level in setting.levels} for name, t in traces.items()} for key in PICKS}
-    rows = []
-    for one, other in (("grouped", "dpo"), ("vanilla", "dpo"), ("badness", "dpo"), ("vanilla", "aspects"),
-                       ("grouped", "vanilla"), ("grouped", "unselected")):
-        for key, what in (("reward", "true reward"), ("credit", "good − bad, nats")):
-            of = equal[key]
-            rows.append([f"{VARIANTS[one][2]} − {VARIANTS[other][2]}", what,
-                         *(versus(of[one][level], of[other][level]) for level in of[one])])
-    asked_rows = [[VARIANTS[name][2], *(cell([p[name][k] for p in pushes]) for k in (0, 2, 4, 6, 8))]
-                  for name in SHOWN]
-    level = f"{setting.levels[(len(setting.levels) - 1) // 2]:g}"
+    return {"traces": traces, "asked": [asked(setting.review_run(seed).world) for seed in setting.seeds]}
+
+
+def at_kl(s, name, key, level):
+    """A quantity where each seed's run first reaches a KL."""
+    t = s["traces"][name]
+    return [reaches(kl, y, level) for kl, y in zip(t["kl"], t[key], strict=True)]
+
+
+def report(setting, s):
+    rows, levels = [], setting.levels
+    middle = levels[(len(levels) - 1) // 2]
+    what = {"reward": "true reward", "credit": "good − bad, nats"}
 
     def less(key, one, other):
-        what = {"reward": "reward", "credit": "good − bad"}[key]
-        label = f"{what}, {VARIANTS[one][2]} − {VARIANTS[other][2]}, KL {level}"
-        return {label: (equal[key][one][level], equal[key][other][level])}
+        label = f"{what[key]}, {VARIANTS[one][2]} − {VARIANTS[other][2]}, KL {middle:g}"
+        return {label: (at_kl(s, one, key, middle), at_kl(s, other, key, middle))}
 
-    verdicts = [verdict("Segment scores sharpen the credit", less("credit", "grouped", "dpo"), 2),
-                verdict("Segments beat aspects alone", less("reward", "vanilla", "aspects"), 2),
-                verdict("Grouping beats vanilla", less("reward", "grouped", "vanilla"), 2),
-                verdict("Eq. 6's selection matters", less("reward", "grouped", "unselected")
-                        | less("credit", "grouped", "unselected"), 2)]
-    return {"verdicts": verdicts, "traces": traces, "equal": equal, "asked": pushes, "tables": [
+    compared = [(one, other, key, what[key]) for one, other in (
+        ("grouped", "dpo"), ("vanilla", "dpo"), ("badness", "dpo"), ("vanilla", "aspects"),
+        ("grouped", "vanilla"), ("grouped", "unselected")) for key in what]
+    compared += [("helpfulness", "relevance", key, f"{key} of samples") for key in VARIANTS if key in PICKS]
+    for one, other, key, name in compared:
+        rows.append([f"{VARIANTS[one][2]} − {VARIANTS[other][2]}", name, *(
+            versus(at_kl(s, one, key, level), at_kl(s, other, key, level)) for level in levels)])
+    last = [[VARIANTS[name][2], *(cell([row[-1] for row in t[key]]) for key in PICKS)]
+            for name, t in s["traces"].items()]
+    asked_rows = [[VARIANTS[name][2], *(cell([p[name][k] for p in s["asked"]]) for k in (0, 2, 4, 6, 8))]
+                  for name in SHOWN]
+    return {"verdicts": [
+        verdict("Segment scores sharpen the credit", less("credit", "grouped", "dpo"), 2),
+        verdict("Segments beat aspects alone", less("reward", "vanilla", "aspects"), 2),
+        verdict("Grouping beats vanilla", less("reward", "grouped", "vanilla"), 2),
+        verdict("Eq. 6's selection matters", less("reward", "grouped", "unselected")
+                | less("credit", "grouped", "unselected"), 2)], "tables": [
         table(f"At equal KL(π‖π_ref) of samples, β {BETA:g}: paired differences by seed, ± 95 % interval; "
-              "between neighbours of 8 checkpoints. good − bad: the mean log-ratio of good held-out "
+              "between neighbours of 12 checkpoints. good − bad: the mean log-ratio of good held-out "
               "sentences (scores sum to 6–8 of 8) less that of bad ones (0–2)",
-              ["", "quantity", *(f"KL {level:g}" for level in setting.levels)], rows),
-        table(f"Step {setting.run.steps}: samples and credit, mean ± 95 % interval over seeds. W is uniform",
-              ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance",
-                               "in the grammar"], last),
+              ["", "quantity", *(f"KL {level:g}" for level in levels)], rows),
+        table(f"Step {setting.run.steps}: samples and credit, mean ± 95 % interval over seeds. W is uniform "
+              "but in the last two",
+              ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance"], last),
         table("The push down that the loss asks of a rejected sentence at π = π_ref, by its score, in units "
               "of β/2 (DPO: 1)", ["", *(f"score {k}/8" for k in (0, 2, 4, 6, 8))], asked_rows)]}
 
@@ -127,15 +138,11 @@ def draw(s, path):
     axes[0, 0].set(title="credit at equal KL", xlabel="KL(policy ‖ reference), nats",
                    ylabel="log-ratio, good − bad sentences, nats")
     axes[0, 0].legend(fontsize=8, loc="lower right")
-    level = list(s["equal"]["reward"]["dpo"])[len(s["equal"]["reward"]["dpo"]) // 2]
-    of, rows = s["equal"]["reward"], {}
-    for name in VARIANTS:
-        if name != "dpo":
-            pairs = zip(of[name][level], of["dpo"][level], strict=True)
-            rows[VARIANTS[name][2]] = ([a - b for a, b in pairs if a is not None and b is not None],
-                                       VARIANTS[name][3])
+    base = at_kl(s, "dpo", "reward", 0.5)
+    rows = {label: (common.differences_of(at_kl(s, name, "reward", 0.5), base), colour)
+            for name, (_, _, label, colour) in VARIANTS.items() if name != "dpo"}
     bars(axes[0, 1], rows)
-    axes[0, 1].set(title=f"reward at KL {level}, less DPO's", xlabel="paired by seed (95 %)")
+    axes[0, 1].set(title="reward at KL 0.5, less DPO's", xlabel="paired by seed (95 %)")
     for name in SHOWN:
         band(axes[0, 2], range(9), [p[name] for p in s["asked"]], VARIANTS[name][2], VARIANTS[name][3],
              marker="o")
