@@ -8,7 +8,7 @@ import sys
 import common
 import matplotlib
 import numpy as np
-from common import COLOURS, FULL, band, bars, cell, figure, main, reaches, save, series, table, verdict, versus
+from common import COLOURS, FULL, band, bars, cell, figure, main, reaches, save, series, table, versus
 
 NAME, TITLE = "seqkl", "Claim 4. Sequential KL and diversity (TDPO, Fig. 3)"
 BETA = 1.0  # at which the runs stay near the reference
@@ -80,11 +80,11 @@ def report(setting, s):
     two, one, dpo = ends["tdpo2-0.5"], ends["tdpo1"], ends["dpo"]
     first = {key: cell([row[0] for row in traces["dpo"][key]], 3) for key in ("entropy", "distinct_3")}
     return {"verdicts": [
-        verdict("TDPO2 holds the sequential KL down",
+        common.verdict("TDPO2 holds the sequential KL down",
                 {"of chosen, α 0.5 − DPO": (two["chosen_kl"], dpo["chosen_kl"])}),
-        verdict("TDPO1 lets SeqKL of rejected stay below that of chosen",
+        common.verdict("TDPO1 lets SeqKL of rejected stay below that of chosen",
                 {"rejected − chosen": (one["rejected_kl"], one["chosen_kl"])}),
-        verdict("TDPO2 needs less KL for the same reward",
+        common.verdict("TDPO2 needs less KL for the same reward",
                 {"KL at equal reward, α 0.5 − DPO": (equal["tdpo2-0.5"], equal["dpo"])})], "tables": [
         table(f"Step {setting.run.steps}, β {BETA:g}, held-out pairs: sequential KL(π_ref‖π), nats; samples: "
               "KL(π‖π_ref), true reward; mean ± 95 % interval over seeds",
