@@ -2,13 +2,12 @@
 
     python experiments/bfloat16.py [--store FOLDER] [--math FILE]     results/bfloat16.json
 
-Autocast on the CPU, float32 weights, as train.py's --dtype bfloat16. The toy reviews, and with --math a file of
-worked solutions over the toy's vocabulary, on a small model of its own. Outcomes are measured in float32.
+Autocast on the CPU, float32 weights, as train.py's --dtype bfloat16. The toy reviews, and with --math a file
+of worked solutions over the toy's vocabulary, on a small model of its own. Outcomes are measured in float32.
 """
 
 import argparse
 import json
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -106,8 +105,8 @@ def report(s):
             rows.append([label, *(f"{cell(b, n)} → {cell(a, n)}; {versus(a, b, n)}"
                                   for n, (a, b) in zip(OUTCOMES.values(), pairs.values(), strict=True))])
     return {"tables": [
-        table("bfloat16 at the same weights as float32, mean over seeds: pairs whose gate 1[ρ_w < 0] is wrong; "
-              "relative error of the gradient", ["", *(f"step {i + 1}" for i in PROBES)], probes),
+        table("bfloat16 at the same weights as float32, mean over seeds: pairs whose gate 1[ρ_w < 0] is "
+              "wrong; relative error of the gradient", ["", *(f"step {i + 1}" for i in PROBES)], probes),
         table("Held-out pairs at the end, float32 → bfloat16; the difference paired by seed. "
               + "; ".join(f"{world}: {n} steps of {size} pairs" for world, (n, size) in s["sizes"].items()),
               ["", "log-ratio of chosen, nats", "accuracy", "KL of chosen, nats"], rows)]}

@@ -82,8 +82,8 @@ def report(setting, s):
               f"{setting.sums_run.steps} steps at β {setting.sums_run.beta:g}; sums worked out to the "
               f"letter, greedily ({setting.sums.held_out} sums); mean ± 95 % interval over seeds. In "
               "brackets: share of tokens that differ",
-              ["edited digits", "", *PARTS.values(), "sums right", "pair accuracy", "after it − reference, paired",
-               "log-ratio of chosen: median, nats; seeds below 0"], rows)]}
+              ["edited digits", "", *PARTS.values(), "sums right", "pair accuracy",
+               "after it − reference, paired", "log-ratio of chosen: median, nats; seeds below 0"], rows)]}
 
 
 def draw(s, path):

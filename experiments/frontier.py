@@ -152,8 +152,8 @@ def report(setting, s):
               f"{cell([ps[0]['reward'][0] for ps in points['dpo']])}. Standard error of a point, "
               f"{setting.run.samples} samples: {se:.2f}. The furthest that DPOP goes: KL "
               f"{cell([max(p['kl'][0] for p in ps) for ps in points['dpop']], 3)}. A check of the "
-              "measurement, no finding: points above their own reference's re-weighted curve by three standard "
-              f"errors: {sum(checks)} of {len(checks)}", columns, rows),
+              "measurement, no finding: points above their own reference's re-weighted curve by three "
+              f"standard errors: {sum(checks)} of {len(checks)}", columns, rows),
         table("The same less DPO's, paired by seed, ± 95 % interval", columns,
               [[LABELS[loss], *(versus(of[b], best["dpo"][b]) for b in of)] for loss, of in best.items()
                if loss != "dpo"])]}
