@@ -88,7 +88,7 @@ QUICK = replace(FULL, name="quick", seeds=(0,), reviews=replace(REVIEWS, sft_ste
                 run=replace(FULL.run, lr=2e-4, steps=24, checkpoints=dense(24), samples=48),
                 sums_run=replace(FULL.sums_run, steps=24, checkpoints=(0, 24)))
 _small = {"pairs": 40, "preferred": 16, "held_out": 8, "n_layer": 1, "n_embd": 8, "sft_steps": 2}
-TINY = replace(QUICK, name="tiny", seeds=(0, 1), reference_samples=32, least_ess=1, levels=(1e-6,),
+TINY = replace(QUICK, name="tiny", seeds=(0,), reference_samples=32, least_ess=1, levels=(1e-6,),
                reviews=replace(REVIEWS, **_small), sums=replace(SUMS, **_small),
                run=replace(FULL.run, batch_size=4, steps=2, checkpoints=(0, 1, 2), samples=8),
                sums_run=replace(FULL.sums_run, batch_size=4, steps=2, checkpoints=(0, 2)))

@@ -98,8 +98,8 @@ def draw(s, path):
         if key in s["reference"][edits[0]]:
             band(axis, x, np.array([s["reference"][e][key] for e in edits]).T, "reference", "black",
                  linestyle="--")
-        for name, (_, _, label, colour) in variants(FULL).items():
-            band(axis, x, np.array([s["curves"][name][e][key] for e in edits]).T, label, colour, marker="o")
+        for name, of in s["curves"].items():
+            band(axis, x, np.array([of[e][key] for e in edits]).T, *variants(FULL)[name][2:], marker="o")
         axis.set(title=title, ylabel=unit, xticks=x, xticklabels=ticks,
                  xlabel="edited digits in the rejected answer\n(share of its tokens)")
         if key != "after":
