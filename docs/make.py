@@ -61,7 +61,7 @@ a shared prefix back to the reference.""",
 }
 FIGURES = {
     "frontier": """True reward against KL from the reference, on toy reviews whose reward is known: what every
-loss reaches, and dotted Eq. 4 of the DPO paper, which no policy can exceed.""",
+loss reaches, and dotted Eq. 4 of the DPO paper on samples of each reference.""",
     "optima": """What DPO and TDPO1 converge to, exact, on a world that can be enumerated: TDPO1’s optimum is
 another policy than Eq. 4 and lies below it at every KL.""",
     "edit_distance": """Chosen log-probability when the rejected answer differs in few digits: in each of five

@@ -1,12 +1,7 @@
-"""Claim 6: which way beta works, under AdamW and under plain SGD: the KL after equally many steps.
-
-    python experiments/beta.py [--quick]
-"""
-
-import sys
+"""Claim 6: which way beta works, under AdamW and under plain SGD: the KL after equally many steps."""
 
 import numpy as np
-from common import COLOURS, checkpoint, figure, main, save, table, verdict
+from common import COLOURS, checkpoint, figure, save, table, verdict
 
 NAME, TITLE = "beta", "Claim 6. β and the optimizer"
 RATES = {"AdamW": None, "SGD": 0.05}  # None: the setting's; both clip the gradient's norm at 1
@@ -40,7 +35,8 @@ def report(setting, s):
         verdict(f"A larger β holds the policy closer (AdamW, β {betas[-1]:g} against 0.1)", compared, 2)],
             "tables": [
         table(f"DPO on reviews, KL(π‖π_ref) of samples after {setting.run.steps} steps, nats: median over "
-              f"seeds (least to most), for one sample out of the grammar is most of a mean. AdamW: learning rate {setting.run.lr:g}; SGD: {RATES['SGD']:g}, no "
+              "seeds (least to most), for one sample out of the grammar is most of a mean. AdamW: learning "
+              f"rate {setting.run.lr:g}; SGD: {RATES['SGD']:g}, no "
               "momentum; both clip at 1. β that moves furthest under SGD, a seed each: "
               + ", ".join(f"{beta:g}" for beta in most),
               ["optimizer", *(f"β {beta:g}" for beta in betas)], rows)]}
@@ -56,7 +52,3 @@ def draw(s, path):
                    title="after equally many steps of DPO (median, least to most)")
     axes[0, 0].legend(fontsize=8)
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

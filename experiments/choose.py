@@ -1,12 +1,8 @@
-"""The learning rate: the one that DPO's held-out loss would choose, on a seed of its own, and the one used.
+"""The learning rate that DPO's held-out loss would choose, on a seed of its own, and the one that is used."""
 
-    python experiments/choose.py [--quick]
-"""
-
-import sys
 from dataclasses import replace
 
-from common import dense, figure, main, save, table
+from common import dense, figure, save, table
 
 NAME, TITLE = "choose", "The learning rate"
 SEED = 100  # no claim uses it
@@ -56,7 +52,3 @@ def draw(s, path):
         axis.set(title=world, xlabel="step", ylabel="held-out DPO loss")
     axes[0, 0].legend(fontsize=8, title="learning rate")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

@@ -5,12 +5,10 @@ numbers) -> tables and verdicts, draw(numbers, path). A JSON file holds all thre
 """
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -40,7 +38,6 @@ BLOCKS = ("verdicts", "made")  # of the README, beside one for each claim
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Sizes
 
 
@@ -82,41 +79,30 @@ SUMS = World("sums", pairs=3000, preferred=1000, held_out=100, sft_steps=600, sf
 FULL = Setting("full", (0, 1, 2, 3, 4), REVIEWS, SUMS,
                Run(REVIEWS, lr=1e-4, batch_size=32, steps=60, checkpoints=dense(60), samples=128),
                Run(SUMS, lr=3e-4, beta=0.3, batch_size=32, steps=40, checkpoints=(0, 40)))
-QUICK = replace(FULL, name="quick", seeds=(0,), reviews=replace(REVIEWS, sft_steps=200),
-                sums=replace(SUMS, sft_steps=200), betas=(1.0,), many_betas=(0.1, 5.0), lams=(50.0,),
-                alphas=(0.5,), rates=(1e-4, 1e-3), reference_samples=2048,
-                run=replace(FULL.run, lr=2e-4, steps=24, checkpoints=dense(24), samples=48),
-                sums_run=replace(FULL.sums_run, steps=24, checkpoints=(0, 24)))
 _small = {"pairs": 40, "preferred": 16, "held_out": 8, "n_layer": 1, "n_embd": 8, "sft_steps": 2}
-TINY = replace(QUICK, name="tiny", seeds=(0,), reference_samples=32, least_ess=1, levels=(1e-6,),
+TINY = replace(FULL, name="tiny", seeds=(0,), reference_samples=32, least_ess=1, levels=(1e-6,), betas=(1.0,),
+               many_betas=(0.1, 5.0), lams=(50.0,), alphas=(0.5,), rates=(1e-4, 1e-3),
                reviews=replace(REVIEWS, **_small), sums=replace(SUMS, **_small),
                run=replace(FULL.run, batch_size=4, steps=2, checkpoints=(0, 1, 2), samples=8),
                sums_run=replace(FULL.sums_run, batch_size=4, steps=2, checkpoints=(0, 2)))
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Many runs
 
 
-def start_worker():
-    torch.set_num_threads(1)
-
-
-def kept(job):
-    """One job, from `store` where it was done before. job: (Run or World or (World, samples), store)."""
-    thing, store = job
+def kept(thing, store):
+    """The result of a Run, a World (its reference) or (World, samples), from `store` where it is known."""
     world, n = thing if isinstance(thing, tuple) else (None, None)
     path = Path(store, f"{key_of(thing)}.json" if n is None else f"{key_of(world)}-{n}.json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8")) | {"from_store": True}
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
     if n is not None:
         result = {"rewards": reference_rewards(world, n, store)}
-    elif isinstance(thing, World):
-        result = {"folder": reference_folder(thing, store).name}
     else:
-        result = replay(thing, store)
-    result |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+        result = {"folder": reference_folder(thing, store).name} if isinstance(thing, World) else \
+            replay(thing, store)
+    result["cpu_s"] = time.process_time() - cpu
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(result), encoding="utf-8")
     part.replace(path)
@@ -128,22 +114,18 @@ def world_of(thing):
     return replace(thing.world if isinstance(thing, Run) else thing[0], edits=1)
 
 
-def perform(things, store, workers, say):
-    """{thing: its result}, seed after seed, references first; `workers` processes of one thread each."""
+def perform(things, store, say):
+    """{thing: its result}, seed after seed, references first."""
     Path(store).mkdir(parents=True, exist_ok=True)
-    results, start, nowhere = {}, time.perf_counter(), contextlib.nullcontext()
-    pool = multiprocessing.get_context("spawn").Pool(workers, start_worker) if workers > 1 else None
-    with pool or nowhere:
-        for seed in sorted({world_of(thing).seed for thing in things}):
-            of_seed = [thing for thing in things if world_of(thing).seed == seed]
-            for batch in (list(dict.fromkeys(map(world_of, of_seed))), of_seed):
-                work = (pool.imap if pool else map)(kept, [(thing, store) for thing in batch])
-                results |= dict(zip(batch, work, strict=True))
-            say(f"seed {seed}: {len(of_seed)} runs, {time.perf_counter() - start:.0f} s")
+    results, start = {}, time.perf_counter()
+    for seed in sorted({world_of(thing).seed for thing in things}):
+        of_seed = [thing for thing in things if world_of(thing).seed == seed]
+        for thing in dict.fromkeys([*map(world_of, of_seed), *of_seed]):
+            results[thing] = kept(thing, store)
+        say(f"seed {seed}: {len(of_seed)} runs, {time.perf_counter() - start:.0f} s")
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Numbers
 
 
@@ -232,7 +214,6 @@ def series(results, pick):
     return steps, np.array([[pick(record) for record in result["checkpoints"]] for result in results])
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Figures
 
 
@@ -276,7 +257,6 @@ def save(figure_, path):
     image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -296,28 +276,19 @@ def commit():
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 
 
-def hardware():
-    name = platform.processor() or platform.machine()
-    try:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
-    except (OSError, TypeError):
-        pass
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def run_claims(claims, setting, places, store, workers, say=print, command=""):
+def run_claims(claims, setting, places, store, say=print, command=""):
     """Run what the claims need, once each, and write each claim's JSON and PNG."""
-    start, load = time.perf_counter(), os.getloadavg()[0]
+    start = time.perf_counter()
     wanted = {claim: claim.runs(setting) for claim in claims}
     things = list(dict.fromkeys(thing for runs in wanted.values() for thing in runs))
-    say(f"{setting.name}: {len(things)} runs for {len(claims)} claims, {workers} processes")
-    results = perform(things, store, workers, say)
+    say(f"{setting.name}: {len(things)} runs for {len(claims)} claims")
+    results = perform(things, store, say)
     places.results.mkdir(parents=True, exist_ok=True)
     places.figures.mkdir(parents=True, exist_ok=True)
-    made = {"command": command, "setting": setting.name, "seeds": len(setting.seeds), "hardware": hardware(),
-            "commit": commit(), "sources": source_hash()[:12], "torch": torch.__version__,
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "load_at_start": load, "workers": workers}
+    made = {"command": command, "setting": setting.name, "seeds": len(setting.seeds), "commit": commit(),
+            "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "sources": source_hash()[:12], "torch": torch.__version__, "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     for claim, runs in wanted.items():
         numbers = claim.measure(setting, {run: results[run] for run in runs})
         cpu_s = round(sum(results[run]["cpu_s"] for run in runs))
@@ -385,30 +356,24 @@ def verdicts(rows):
 
 
 def made_line(made):
-    whole = made["taken_from_store"] == 0
-    full = "" if made["setting"] == "full" else "**Not the full run: it decides nothing.** "
-    time_ = f"{made['wall_s'] / 60:.1f} minutes of wall time" if whole else "put together from finished runs"
-    return (f"{full}Made by `{made['command']}` at commit {made['commit']} on {made['hardware']}, "
-            f"workers: {made['workers']}, one thread each, Python {made['python']}, torch {made['torch']}, "
-            f"{made['date']}: setting {made['setting']}, seeds: {made['seeds']}, "
-            f"{made['runs']} runs and references, "
-            f"{made['cpu_s'] / 60:.1f} CPU minutes, {time_} (load average at the start "
-            f"{made['load_at_start']:.1f}).\n")
+    return (f"Claims 1 to 5 ran by `{made['command']}` at commit {made['commit']} on {made['hardware']}, "
+            f"Python {made['python']}, torch {made['torch']}, {made['date']}: setting {made['setting']}, "
+            f"seeds: {made['seeds']}, {made['runs']} runs and references, {made['cpu_s'] / 60:.1f} CPU minutes.\n")
 
 
 def main(claims, argv=None):
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, short runs; into out/claims/quick")
+    parser = argparse.ArgumentParser(description="The papers' claims in miniature.")
+    parser.add_argument("names", nargs="*", help=", ".join(claim.NAME for claim in claims) + "; default: all")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # of the tests: seconds
-    parser.add_argument("--seeds", type=int, help="number of seeds; default 5, quick 1; at most 10")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default 2")
+    parser.add_argument("--seeds", type=int, help="number of seeds; default 5, at most 10")
     parser.add_argument("--out", type=Path, help="folder for results/ and figures/; default: this script's")
     parser.add_argument("--store", type=Path, default=ROOT / "out" / "claims" / "runs",
                         help="finished runs, reused by the next call; default out/claims/runs")
     parser.add_argument("--tables", action="store_true",
                         help="run nothing: tables, verdicts, figures and README from the numbers in the JSON")
     args = parser.parse_args(argv)
-    setting = TINY if args.tiny else QUICK if args.quick else FULL
+    claims = [claim for claim in claims if claim.NAME in args.names or not args.names]
+    setting = TINY if args.tiny else FULL
     if args.seeds:
         setting = dataclasses.replace(setting, seeds=tuple(range(args.seeds)))
     out = args.out or (HERE if setting.name == "full" else ROOT / "out" / "claims" / setting.name)
@@ -417,5 +382,5 @@ def main(claims, argv=None):
     if args.tables:
         return report_again(claims, setting, places)
     flags = sys.argv[1:] if argv is None else argv
-    run_claims(claims, setting, places, args.store, args.workers, say=lambda text: print(text, flush=True),
+    run_claims(claims, setting, places, args.store, say=lambda text: print(text, flush=True),
                command=" ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *flags]))

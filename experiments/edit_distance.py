@@ -1,12 +1,7 @@
-"""Claim 3: DPOP's Fig. 4 and Fig. 2. The chosen answer's likelihood at low and high edit distance.
-
-    python experiments/edit_distance.py [--quick]
-"""
-
-import sys
+"""Claim 3: DPOP's Fig. 4 and Fig. 2. The chosen answer's likelihood at low and high edit distance."""
 
 import numpy as np
-from common import COLOURS, FULL, band, cell, checkpoint, figure, main, save, table, verdict, versus
+from common import COLOURS, FULL, band, cell, checkpoint, figure, save, table, verdict, versus
 
 NAME, TITLE = "edit_distance", "Claim 3. Edit distance and the chosen likelihood (DPOP, Fig. 4 and Fig. 2)"
 PARTS = {"before": "before the first edited token", "at": "edited tokens", "after": "after it, unedited",
@@ -106,7 +101,3 @@ def draw(s, path):
             axis.set(ylim=(0, 1.03))
     axes[0, 1].legend(fontsize=8, loc="lower right")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

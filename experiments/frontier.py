@@ -1,13 +1,7 @@
-"""Claim 1: the reward-KL frontier (DPO, Fig. 2 left): all losses, two baselines, and Eq. 4 itself.
-
-    python experiments/frontier.py [--quick]
-"""
-
-import sys
+"""Claim 1: the reward-KL frontier (DPO, Fig. 2 left): all losses, two baselines, and Eq. 4 itself."""
 
 import numpy as np
-from common import COLOURS, LABELS, band, bars, cell, figure, main, save, table, verdict, versus
-from replay import reviews
+from common import COLOURS, LABELS, band, bars, cell, figure, save, table, verdict, versus
 
 NAME, TITLE = "frontier", "Claim 1. Reward against KL (DPO, Fig. 2 left)"
 BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0)  # nats
@@ -49,32 +43,6 @@ def reweighted(rewards, least_ess):
     return points
 
 
-def exact_ceiling():
-    """Eq. 4 for the true base distribution, by summation: sentences are independent given their number."""
-    def points_of(levels):  # of a verdict or an evidence phrase: each level is equally likely
-        return np.full(len(levels), 1 / len(levels))
-    helpfulness = np.convolve(points_of(reviews.VERDICTS), points_of(reviews.EVIDENCE))
-    own = reviews.OWN
-    relevance = np.zeros(5)
-    for adjective in (0, 1):
-        for noun in (0, 1):
-            relevance[adjective + 3 * noun] += (own if adjective else 1 - own) * (own if noun else 1 - own)
-    pmf = np.convolve(helpfulness, relevance)  # of a sentence's helpfulness + relevance, 0 to 8
-    score, points = np.arange(9) * reviews.GAIN * reviews.WEIGHTS[0], []
-    for beta in np.geomspace(100, 0.05, 200):
-        log_z, mean = [], []
-        for n in (2, 3, 4):
-            x = np.log(pmf) + score / (n * beta)
-            log_sum = np.logaddexp.reduce(x)
-            log_z.append(n * log_sum)
-            mean.append((np.exp(x - log_sum) * score).sum())
-        total = np.logaddexp.reduce(np.array(log_z) - np.log(3))
-        share = np.exp(np.array(log_z) - np.log(3) - total)
-        reward = float((share * mean).sum())
-        points.append({"beta": float(beta), "kl": reward / beta - float(total), "reward": reward})
-    return points
-
-
 def best_within(points, kl):
     """The reward of the best candidate within a budget of KL, without the bias of a maximum: chosen on one
     half of each candidate's samples, its reward read off the other half; the mean of both ways round.
@@ -113,7 +81,7 @@ def measure(setting, results):
                 {"knob": run.lr if loss == "sft" else run.beta, "step": c["step"]}
                 | {k: c["samples"][k] for k in ("reward", "kl", "halves", "valid")}
                 for run in loss_runs for c in results[run]["checkpoints"]])
-    return {"points": points, "reweighted": curves, "exact": exact_ceiling()}
+    return {"points": points, "reweighted": curves}
 
 
 def within(s):
@@ -127,8 +95,6 @@ def report(setting, s):
     rows = [[LABELS[loss], *(cell(values) for values in of.values())] for loss, of in best.items()]
     rows.append([f"Eq. 4, re-weighted samples (ESS ≥ {setting.least_ess})",
                  *(cell([on_curve(c, kl) for c in curves]) for kl in BUDGETS)])
-    rows.append(["Eq. 4, exact, for the base distribution",
-                 *(f"{on_curve(s['exact'], kl):.2f}" for kl in BUDGETS)])
     checks = [above(p, setting.run.samples, curve) for seeds in points.values()
               for ps, curve in zip(seeds, curves, strict=True) for p in ps]
     checks = [x for x in checks if x is not None]
@@ -165,8 +131,8 @@ def draw(s, path):
     grid = np.geomspace(0.01, BUDGETS[-1], 60)
     for loss, seeds in s["points"].items():
         band(left, grid, [[best_within(ps, kl) for kl in grid] for ps in seeds], LABELS[loss], COLOURS[loss])
-    left.plot([p["kl"] for p in s["exact"]], [p["reward"] for p in s["exact"]], color="black", linestyle=":",
-              label="Eq. 4, exact: nobody can do better")
+    ceiling = [[on_curve(curve, kl, np.nan) for kl in grid] for curve in s["reweighted"]]
+    band(left, grid, ceiling, "Eq. 4 of each reference", "black", linestyle=":")
     left.set(xlim=(0, BUDGETS[-1]), ylim=(8, 13.5), ylabel="true reward (of 16)",
              xlabel="budget of KL(policy ‖ reference), nats", title="reward within a KL budget (95 % bands)")
     fig.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
@@ -176,7 +142,3 @@ def draw(s, path):
                  for loss, of in best.items() if loss != "dpo"})
     right.set(xlabel="true reward less DPO's", title=f"within {b} nats, paired by seed")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

@@ -76,7 +76,6 @@ class Run:
     samples: int = 512
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Data and reference
 
 
@@ -176,7 +175,6 @@ def quiet():
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------
 # What is measured
 
 
@@ -225,14 +223,14 @@ def review_prompts(n, seed, tokenizer):
 
 @torch.no_grad()
 def sample_reviews(policy, reference, tokenizer, n, seed):
-    """n samples of the policy: true reward, KL(policy || reference), entropy, diversity.
+    """n samples of the policy: true reward, KL(policy || reference), share of sentences in the grammar.
 
     The KL of a response is sum_t KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t)), the full vocabulary at each
     position of a sampled response: Rao-Blackwellised, unbiased. [mean, standard error] over the samples.
     """
     texts, prompts = review_prompts(n, seed, tokenizer)
     P = prompts.shape[1]
-    rewards, points, kls, entropies, valid, cut, words, replies = [], [], [], [], [], [], [], []
+    rewards, points, kls, valid = [], [], [], []
     generator = torch.Generator().manual_seed(seed)
     for at in range(0, n, 512):
         tokens = policy.generate(prompts[at:at + 512], MAX_NEW["reviews"], eos=tokenizer.eot,
@@ -244,8 +242,6 @@ def sample_reviews(policy, reference, tokenizer, n, seed):
         log_q = reference.logits(reference(tokens[:, :-1])[:, P - 1:]).log_softmax(-1)
         p = log_p.exp()
         kls += ((p * (log_p - log_q)).sum(-1) * scored).sum(-1).tolist()
-        entropies += ((-(p * log_p).sum(-1) * scored).sum(-1) / scored.sum(-1)).tolist()
-        cut += (ended[:, -1] == 0).tolist()
         for text, ids in zip(texts[at:at + 512], response.tolist(), strict=True):
             ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
             reply = tokenizer.decode(ids)
@@ -253,16 +249,11 @@ def sample_reviews(policy, reference, tokenizer, n, seed):
             rewards.append(reviews.reward(text + reply))
             points.append(np.mean([s for _, s in scored_sentences] or [[0, 0]], axis=0))
             valid += [bool(reviews.SENTENCE.fullmatch(sentence)) for sentence, _ in scored_sentences]
-            words.append(ids)
-            replies.append(reply)
-    grams = [tuple(ids[i:i + 3]) for ids in words for i in range(len(ids) - 2)][:6000]
     points = np.array(points)
     halves = [[float(np.mean(x[half::2])) for x in (rewards, kls)] for half in (0, 1)]
-    return {"reward": mean_se(rewards), "kl": mean_se(kls), "halves": halves, "entropy": mean_se(entropies),
+    return {"reward": mean_se(rewards), "kl": mean_se(kls), "halves": halves,
             "helpfulness": mean_se(points[:, 0]), "relevance": mean_se(points[:, 1]),
-            "distinct_3": len(set(grams)) / max(1, len(grams)), "n_grams": len(grams),
-            "valid": sum(valid) / max(1, len(valid)), "cut": sum(cut) / n,
-            "tokens": sum(map(len, words)) / n, "sample": texts[0] + replies[0]}
+            "valid": sum(valid) / max(1, len(valid))}
 
 
 def reference_rewards(world, n, store):
@@ -344,7 +335,6 @@ def sums_accuracy(policy, tokenizer, held_out):
     return mean_se(right)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # A run
 
 
@@ -393,9 +383,7 @@ def replay(run, store):
                 record |= {"accuracy": sums_accuracy(policy, tokenizer, val),
                            "chosen": parts_of_chosen(policy, model, val)}
             elif run.samples:
-                record["samples"] = (
-                    sample_reviews(policy, model, tokenizer, run.samples, 9000 + seed) if step
-                    else first_samples(world, run.samples, store))  # every run starts there
+                record["samples"] = sample_reviews(policy, model, tokenizer, run.samples, 9000 + seed)
                 if run.loss in CREDITED:
                     record["credit"] = credit(policy, model, sentences, tokenizer.eot)
             checkpoints.append(record)
@@ -413,11 +401,3 @@ def replay(run, store):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {"checkpoints": checkpoints, "weights": weights}
-
-
-@functools.lru_cache(maxsize=8)
-def first_samples(world, n, store):
-    """What sample_reviews says of the reference."""
-    reference = GPT.from_pretrained(str(reference_folder(world, store)))
-    tokenizer = data.Tokenizer(str(TOKENIZER))
-    return sample_reviews(reference, reference, tokenizer, n, 9000 + world.seed)

@@ -1,15 +1,8 @@
-"""Claim 5: 2D-DPO. Credit and reward at equal KL, Eq. 6's selection, and the push on the worst sentences.
-
-    python experiments/segments.py [--quick]
-"""
-
-import sys
+"""Claim 5: 2D-DPO. Credit and reward at equal KL, and Eq. 6's selection."""
 
 import common
 import numpy as np
-import torch
-from common import COLOURS, band, bars, cell, figure, main, reaches, save, series, table, verdict, versus
-from replay import data, encoded, losses
+from common import COLOURS, band, bars, cell, figure, reaches, save, series, table, verdict, versus
 
 NAME, TITLE = "segments", "Claim 5. Segments and aspects (2D-DPO)"
 BETA = 0.1
@@ -35,32 +28,6 @@ def runs(setting):
     return [run_of(setting, seed, name) for seed in setting.seeds for name in VARIANTS]
 
 
-def asked(world):
-    """The push that each loss asks of a rejected sentence by its score, h + r of 8, at policy = reference.
-
-    dL/d(log-ratio of the sentence), in units of beta / 2: autograd through the losses, held-out pairs.
-    """
-    pairs = encoded(world)[2]
-    batch = data.collate([pairs[i] for i in range(len(pairs))])
-    masks = batch.segment_mask.unbind(1)
-    rewards = losses.segment_rewards(batch.scores / 4, torch.tensor([0.5, 0.5])).unbind(1)  # (B, S)
-    level = (batch.scores[:, 1].sum(-1))[masks[1]].long().numpy()
-    pushes = {}
-    for name in SHOWN:
-        ratios = [torch.zeros_like(r).requires_grad_() for r in rewards]
-        zeros = [torch.zeros_like(r) for r in rewards]
-        if name == "dpo":
-            total = losses.dpo_loss(*(x.sum(-1) for x in ratios + zeros), beta=1.0)
-        else:
-            rejected = 1 - rewards[1] if name == "badness" else rewards[1]
-            loss = losses.dpo2d_loss if name == "grouped" else losses.dpo2d_vanilla_loss
-            total = loss(*ratios, *zeros, rewards[0], rejected, *masks, beta=1.0)
-        total.sum().backward()
-        push = 2 * ratios[1].grad[masks[1]].numpy()
-        pushes[name] = [float(push[level == k].mean()) if (level == k).any() else None for k in range(9)]
-    return pushes
-
-
 def pooled(credit, low, high):
     """Mean log-ratio of the held-out sentences with low <= h + r <= high, on either side."""
     score = np.add.outer(np.arange(5), np.arange(5))
@@ -81,7 +48,7 @@ def measure(setting, results):
         seeds = [results[run_of(setting, seed, name)] for seed in setting.seeds]
         traces[name] = {"steps": series(seeds, PICKS["kl"])[0]}
         traces[name] |= {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
-    return {"traces": traces, "asked": [asked(setting.review_run(seed).world) for seed in setting.seeds]}
+    return {"traces": traces}
 
 
 def at_kl(s, name, key, level):
@@ -108,8 +75,6 @@ def report(setting, s):
             versus(at_kl(s, one, key, level), at_kl(s, other, key, level)) for level in levels)])
     last = [[VARIANTS[name][2], *(cell([row[-1] for row in t[key]]) for key in PICKS)]
             for name, t in s["traces"].items()]
-    asked_rows = [[VARIANTS[name][2], *(cell([p[name][k] for p in s["asked"]]) for k in (0, 2, 4, 6, 8))]
-                  for name in SHOWN]
     return {"verdicts": [
         verdict("Segment scores sharpen the credit", less("credit", "grouped", "dpo"), 2),
         verdict("Segments beat aspects alone", less("reward", "vanilla", "aspects"), 2),
@@ -122,13 +87,11 @@ def report(setting, s):
               ["", "quantity", *(f"KL {level:g}" for level in levels)], rows),
         table(f"Step {setting.run.steps}: samples and credit, mean ± 95 % interval over seeds. W is uniform "
               "but in the last two",
-              ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance"], last),
-        table("The push down that the loss asks of a rejected sentence at π = π_ref, by its score, in units "
-              "of β/2 (DPO: 1)", ["", *(f"score {k}/8" for k in (0, 2, 4, 6, 8))], asked_rows)]}
+              ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance"], last)]}
 
 
 def draw(s, path):
-    fig, axes = figure(1, 3, width=4.4, height=3.6)
+    fig, axes = figure(1, 2, width=4.8, height=3.6)
     grid = np.linspace(0.02, 1.0, 40)
     for name in (*SHOWN, "unselected"):
         t, (_, _, label, colour) = s["traces"][name], VARIANTS[name]
@@ -143,13 +106,4 @@ def draw(s, path):
             for name, (_, _, label, colour) in VARIANTS.items() if name != "dpo"}
     bars(axes[0, 1], rows)
     axes[0, 1].set(title="reward at KL 0.5, less DPO's", xlabel="paired by seed (95 %)")
-    for name in SHOWN:
-        band(axes[0, 2], range(9), [p[name] for p in s["asked"]], VARIANTS[name][2], VARIANTS[name][3],
-             marker="o")
-    axes[0, 2].set(title="push down asked at π = π_ref", ylabel="units of β/2", xticks=(0, 2, 4, 6, 8),
-                   xlabel="score of the rejected sentence (0 worst, 8 best)")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

@@ -1,16 +1,11 @@
-"""Claim 4: TDPO's Fig. 3. Sequential KL of chosen and rejected, and reward and diversity at equal KL.
-
-    python experiments/seqkl.py [--quick]
-"""
-
-import sys
+"""Claim 4: TDPO's Fig. 3. Sequential KL of chosen and rejected, and reward at equal KL."""
 
 import common
 import matplotlib
 import numpy as np
-from common import COLOURS, FULL, band, bars, cell, figure, main, reaches, save, series, table, versus
+from common import COLOURS, FULL, band, bars, cell, figure, reaches, save, series, table, versus
 
-NAME, TITLE = "seqkl", "Claim 4. Sequential KL and diversity (TDPO, Fig. 3)"
+NAME, TITLE = "seqkl", "Claim 4. Sequential KL (TDPO, Fig. 3)"
 BETA = 1.0  # at which the runs stay near the reference
 
 
@@ -36,7 +31,6 @@ def runs(setting):
 PICKS = {"chosen_kl": lambda c: c["held_out"]["kl/ref_policy_chosen"],
          "rejected_kl": lambda c: c["held_out"]["kl/ref_policy_rejected"],
          "reward": lambda c: c["samples"]["reward"][0], "kl": lambda c: c["samples"]["kl"][0],
-         "entropy": lambda c: c["samples"]["entropy"][0], "distinct_3": lambda c: c["samples"]["distinct_3"],
          "accuracy": lambda c: c["held_out"]["rewards/accuracies"]}
 
 
@@ -71,14 +65,11 @@ def report(setting, s):
                      *(cell(of[key]) for key in ("kl", "reward", "accuracy"))])
         same.append([label, cell(equal[name], 3),
                      "–" if name == "dpo" else versus(equal[name], equal["dpo"], 3)])
-    for key in ("reward", "entropy", "distinct_3"):
-        at = {name: [[reaches(kl, y, level) for kl, y in zip(t["kl"], t[key], strict=True)]
-                     for level in setting.levels] for name, t in traces.items()}
-        pairs += [[variants(setting)[name][2], key.replace("distinct_3", "distinct 3-grams"),
-                   *(versus(*x, 3) for x in zip(at[name], at["dpo"], strict=True))]
-                  for name in at if name != "dpo"]
+    at = {name: [[reaches(kl, y, level) for kl, y in zip(t["kl"], t["reward"], strict=True)]
+                 for level in setting.levels] for name, t in traces.items()}
+    pairs = [[variants(setting)[name][2], *(versus(*x, 3) for x in zip(of, at["dpo"], strict=True))]
+             for name, of in at.items() if name != "dpo"]
     two, one, dpo = ends["tdpo2-0.5"], ends["tdpo1"], ends["dpo"]
-    first = {key: cell([row[0] for row in traces["dpo"][key]], 3) for key in ("entropy", "distinct_3")}
     return {"verdicts": [
         common.verdict("TDPO2 holds the sequential KL down",
                 {"of chosen, α 0.5 − DPO": (two["chosen_kl"], dpo["chosen_kl"])}),
@@ -93,9 +84,8 @@ def report(setting, s):
         table(f"KL(π‖π_ref) where a run first reaches a true reward of {cell(targets)} (each seed's own: "
               "half-way to the lowest peak), linearly between neighbours of 12 checkpoints",
               ["", "KL, nats", "less DPO's, paired"], same),
-        table("At equal KL, less DPO's, paired by seed, ± 95 % interval (reference: entropy "
-              f"{first['entropy']} nats per token, distinct 3-grams {first['distinct_3']})",
-              ["", "quantity", *(f"KL {level:g}" for level in setting.levels)], pairs)]}
+        table("Reward at equal KL, less DPO's, paired by seed, ± 95 % interval",
+              ["", *(f"KL {level:g}" for level in setting.levels)], pairs)]}
 
 
 def draw(s, path):
@@ -115,7 +105,3 @@ def draw(s, path):
     bars(axes[0, 2], rows)
     axes[0, 2].set(title="KL at equal reward, less DPO's", xlabel="nats, paired by seed (95 %)")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

@@ -1,15 +1,11 @@
 """Claim 2: the weight sigma(r_l - r_w) in DPO's gradient: on noisy labels, and DPO without it.
 
-    python experiments/weight.py [--quick]
-
 That wrongly ordered pairs weigh more is no finding: the weight is a function of the order. Whether the pairs
 with a false label get more of it, and what happens without it, are.
 """
 
-import sys
-
 import numpy as np
-from common import COLOURS, band, cell, figure, main, reaches, save, series, table, verdict, versus
+from common import COLOURS, band, cell, figure, reaches, save, series, table, verdict, versus
 
 NAME, TITLE = "weight", "Claim 2. The weight in DPO's gradient (DPO, §4)"
 GROUPS = {"label_false": ("false label", "#d62728"), "label_true": ("true label", "#1f77b4")}
@@ -101,7 +97,3 @@ def draw(s, path):
         axis.set(xlabel="step", ylabel=label, title="with and without the weight")
     axes[0, 2].legend(fontsize=7, loc="lower left")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])
