@@ -358,7 +358,7 @@ def verdicts(rows):
 def made_line(made):
     return (f"Claims 1 to 5 ran by `{made['command']}` at commit {made['commit']} on {made['hardware']}, "
             f"Python {made['python']}, torch {made['torch']}, {made['date']}: setting {made['setting']}, "
-            f"seeds: {made['seeds']}, {made['runs']} runs and references, {made['cpu_s'] / 60:.1f} CPU minutes.\n")
+            f"seeds: {made['seeds']}, {made['runs']} runs, {made['cpu_s'] / 60:.1f} CPU minutes.\n")
 
 
 def main(claims, argv=None):
