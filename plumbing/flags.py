@@ -287,7 +287,7 @@ def model_sizes(flag, name):
         raise ConfigError(f"--{flag} {name}: no such folder; choose one, or a name: "
                           f"{', '.join(pretrained.NAMES)}")
     try:
-        return pretrained.read_config(pretrained.folder_of(name))
+        return pretrained.read_config(pretrained.folder_of(name), GPTConfig)
     except ModelError as e:
         raise ConfigError(f"--{flag}: {e}") from None
 

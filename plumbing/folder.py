@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from losses import LOSSES, terms_of
-from model import GPT
+from model import GPT, GPTConfig
 from plumbing import checkpoints, machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, RunError
 from plumbing.files import write_atomically, write_folder, write_json, writing
@@ -74,7 +74,7 @@ def open_model(name, vocab_multiple=1):
         return GPT.from_pretrained(name, vocab_multiple)
     step, _, tensors = checkpoints.newest(Path(name))
     report.say(f"{name}: this run is not finished; its weights after step {step} are read")
-    model = GPT(pretrained.read_config(Path(name)), vocab_multiple).eval()
+    model = GPT(pretrained.read_config(Path(name), GPTConfig), vocab_multiple).eval()
     tensors = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
     size = model.config.vocab_size
     with torch.no_grad():

@@ -1,14 +1,14 @@
 """Model folders: Hugging Face's GPT-2 layout read and written, the named GPT-2s downloaded.
 
-A model whose parameters are not GPT-2's (model.py was edited) is saved under its own names, with the fields
-of its GPTConfig and "model_type": "termwise"; such a folder opens here only.
+What model.py computes cannot be told from its parameters, so `fingerprint` runs it. Where it is not GPT-2 (it
+was edited), a model is saved under its own names with "model_type": "termwise"; only an equal edit opens it.
 """
 
-import dataclasses
 import json
 import os
 import sys
 import tempfile
+from dataclasses import asdict, fields, replace
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import GPTConfig
 from plumbing.errors import ModelError
 
 NAMES = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
@@ -25,6 +24,7 @@ NAMES = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-
          "distilgpt2": "distilbert/distilgpt2"}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out), the transpose of nn.Linear
 OWN = "termwise"  # model_type of an architecture that is not GPT-2
+GPT2 = [1.452804062, 1.139750698, 0.448809253, -0.390936372, -1.101065760]  # its `fingerprint`, transformers'
 
 
 def gpt2_shapes(c):
@@ -39,43 +39,83 @@ def gpt2_shapes(c):
     return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
 
 
-def file_views(model):
-    """The parameters as views in the layout of the files; rows that pad the vocabulary are left out."""
+def fingerprint(cls, config):
+    """What the code of a model computes: five logits of a small one with fixed weights, after 128 tokens."""
+    small = replace(config, vocab_size=5, block_size=128, n_layer=2, n_head=4, n_embd=32)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = cls(small).double()
+        for p in model.parameters():
+            p.copy_(0.3 * torch.arange(p.numel(), dtype=torch.float64).sin().view_as(p))
+        return model.logits(model(torch.arange(128)[None] % 5))[0, -1].tolist()
+
+
+def is_equal(code, saved):
+    """5e-6 lie between the two forms of GELU, 6e-8 between a LayerNorm epsilon of 1e-5 and of 1e-6."""
+    return isinstance(saved, list) and len(saved) == len(code) and all(
+        isinstance(y, float) and abs(x - y) < 1e-8 for x, y in zip(code, saved, strict=True))
+
+
+def file_views(model, code):
+    """The parameters as views in the layout of the files, and True where that is GPT-2's. Rows that pad the
+    vocabulary are left out."""
     views = {name: p.detach() for name, p in model.named_parameters()}
     views["wte.weight"] = views["wte.weight"][:model.config.vocab_size]
     like_gpt2 = {name: w.T if name.endswith(CONV1D) else w for name, w in views.items()}
-    is_gpt2 = {name: tuple(w.shape) for name, w in like_gpt2.items()} == gpt2_shapes(model.config)
+    shapes = {name: tuple(w.shape) for name, w in like_gpt2.items()}
+    is_gpt2 = shapes == gpt2_shapes(model.config) and is_equal(code, GPT2)
     return (like_gpt2, True) if is_gpt2 else (views, False)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Writing
+
+
 def write(model, folder, eos=None):
-    """config.json and model.safetensors. eos is by default the last id, as in GPT-2."""
-    c, folder = model.config, Path(folder)
+    """config.json, generation_config.json and model.safetensors. eos is by default the last id, as in GPT-2."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    eos = c.vocab_size - 1 if eos is None else eos
-    views, is_gpt2 = file_views(model)
-    config = {"model_type": OWN, **dataclasses.asdict(c), "eos_token_id": eos}
-    if is_gpt2:
-        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-                  "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
-                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-                  "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-                  "bos_token_id": eos, "eos_token_id": eos}
+    views, is_gpt2 = file_views(model, fingerprint(type(model), model.config))
     prefix = "transformer." if is_gpt2 else ""
     weights = {prefix + name: p.cpu().contiguous() for name, p in views.items()}
     part = folder / "model.safetensors.part"
     save_file(weights, part, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(model, folder, eos)
     part.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
     part.replace(folder / "model.safetensors")
 
 
 def write_config(model, folder, eos=None):
-    c = model.config
-    eos = c.vocab_size - 1 if eos is None else eos
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-                  "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """config.json and generation_config.json alone."""
+    c, code = model.config, fingerprint(type(model), model.config)
+    stop = dict.fromkeys(("bos_token_id", "eos_token_id"), c.vocab_size - 1 if eos is None else eos)
+    config = {"model_type": OWN, **asdict(c), **stop, "fingerprint": code}
+    if file_views(model, code)[1]:
+        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+                  "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd,
+                  "n_layer": c.n_layer, "n_head": c.n_head, "activation_function": "gelu_new",
+                  "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": 0.0,
+                  "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dtype": "float32", **stop}
+    dump(Path(folder, "config.json"), config)
+    dump(Path(folder, "generation_config.json"), stop | {"pad_token_id": stop["eos_token_id"]})
+
+
+def dump(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def carry_over(start, folder):
+    """Add to a saved model's two configurations what those of its start say and training did not change: all
+    but the type of the weights and the id of end-of-text."""
+    for name in ("config.json", "generation_config.json"):
+        if (source := folder_of(start) / name).exists():
+            kept = load_config(source.parent, name)
+            for key in ("dtype", "torch_dtype", "n_ctx", "eos_token_id", "pad_token_id"):
+                kept.pop(key, None)
+            dump(Path(folder, name), load_config(folder, name) | kept)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
 
 
 def read(cls, config_class, name_or_folder, vocab_multiple=1):
@@ -86,7 +126,8 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
         raise ModelError(f"{folder}: config.json says {config.n_layer} layers, of {len(weights)} tensors")
     with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
         model = cls(config, vocab_multiple)
-    views, is_gpt2 = file_views(model)
+    code = fingerprint(cls, config)
+    views, is_gpt2 = file_views(model, code)
     if is_gpt2:
         weights = plain_names(folder, weights)
     have, want = ({name: tuple(w.shape) for name, w in x.items()} for x in (weights, views))
@@ -94,12 +135,15 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
         if have.get(name) != want.get(name):
             raise ModelError(f"{folder}: tensor {name} is {have.get(name, 'missing')}, "
                              f"config.json says {want.get(name, 'no such tensor')}")
+    if not is_equal(code, load_config(folder).get("fingerprint", GPT2)):
+        raise ModelError(f"{folder}: model.py computes something else than the code that saved this model; "
+                         "open it with that model.py")
     if is_gpt2 and not list(model.buffers()):
         model.to_empty(device="cpu").wte.weight.data.zero_()  # the padding rows
     else:  # an edited model may compute tables when it is built, such as the angles of rotary positions
         with torch.random.fork_rng(devices=[]):
             model = cls(config, vocab_multiple)
-    for name, view in file_views(model)[0].items():
+    for name, view in file_views(model, code)[0].items():
         view.copy_(weights[name])
     return model
 
@@ -118,20 +162,27 @@ def plain_names(folder, weights):
     return {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
 
 
-def read_config(folder, config_class=GPTConfig):
-    """config.json -> GPTConfig. What would change the computation of GPT-2 is refused."""
-    path = folder / "config.json"
+def load_config(folder, name="config.json"):
+    """The object in a folder's config.json or generation_config.json."""
+    path = Path(folder, name)
     try:
-        c = json.loads(path.read_bytes())
-        if c.get("model_type") == OWN:
-            names = [field.name for field in dataclasses.fields(config_class)]
-            return config_class(**{name: c[name] for name in names})
-        config = config_class(c.get("vocab_size"), c.get("n_positions", c.get("n_ctx")),
-                              c.get("n_layer"), c.get("n_head"), c.get("n_embd"))
+        return dict(json.loads(path.read_bytes()).items())
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror}; a model folder holds config.json and model.safetensors, "
                          f"a model name is one of {', '.join(NAMES)}") from None
-    except (ValueError, AttributeError, KeyError, RecursionError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise ModelError(f"{path}: not the configuration of a GPT-2 ({e})") from None
+
+
+def read_config(folder, config_class):
+    """config.json -> GPTConfig. What would change the computation of GPT-2 is refused."""
+    path, c = Path(folder, "config.json"), load_config(folder)
+    try:
+        if c.get("model_type") == OWN:
+            return config_class(**{field.name: c[field.name] for field in fields(config_class)})
+        config = config_class(c.get("vocab_size"), c.get("n_positions", c.get("n_ctx")),
+                              c.get("n_layer"), c.get("n_head"), c.get("n_embd"))
+    except (ValueError, KeyError) as e:
         raise ModelError(f"{path}: not the configuration of a GPT-2 ({e})") from None
     expected = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
                 "n_inner": [None, 4 * config.n_embd], "layer_norm_epsilon": [1e-5],
@@ -147,33 +198,21 @@ def read_config(folder, config_class=GPTConfig):
 def stops_of(folder):
     """The ids at which other programs end a text of this model."""
     for name in ("generation_config.json", "config.json"):
-        try:
-            eos = json.loads((folder / name).read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-        if eos is not None:
+        if Path(folder, name).exists() and (eos := load_config(folder, name).get("eos_token_id")) is not None:
             return eos if isinstance(eos, list) else [eos]
     return []
 
 
 def read_weights(folder):
-    """The tensors of model.safetensors, or of the shards that its index lists."""
-    names, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
-    if index.exists() and not (folder / names[0]).exists():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise ModelError(f"{index}: not an index of shards ({type(e).__name__}: {e})") from None
-    for name in names:
-        if Path(name).name != name:
-            raise ModelError(f"{index}: shard {name!r} is not in the folder")
-        try:
-            weights |= load_file(folder / name)
-        except FileNotFoundError:
-            raise ModelError(f"{folder / name}: no such file (.bin files are pickles, not read)") from None
-        except (OSError, ValueError, SafetensorError) as e:
-            raise ModelError(f"{folder / name}: cut short, or not a safetensors file ({e})") from None
-    return weights
+    """The tensors of model.safetensors."""
+    path = folder / "model.safetensors"
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file (.bin files are pickles, and shards are not read: "
+                         "save_pretrained of transformers with max_shard_size joins them)") from None
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ModelError(f"{path}: cut short, or not a safetensors file ({e})") from None
 
 
 def download(name):
@@ -183,7 +222,7 @@ def download(name):
     """
     folder = Path(os.environ.get("HF_HOME") or "~/.cache", "termwise", name).expanduser()
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    for file, check in (("config.json", read_config), ("model.safetensors", read_weights)):
+    for file, check in (("config.json", load_config), ("model.safetensors", read_weights)):
         if (folder / file).exists():
             continue
         url = f"{endpoint}/{NAMES[name]}/resolve/main/{file}"

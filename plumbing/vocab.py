@@ -1,4 +1,6 @@
-"""Vocabulary files -> {token bytes: id}, and back: tiktoken's format, GPT-2's two files, tokenizer.json."""
+"""Vocabulary files -> {token bytes: id}: tiktoken's format, GPT-2's two files, tokenizer.json. Written is
+tokenizer.json alone, which has the same ids for every tiktoken vocabulary, and what transformers reads with it.
+"""
 
 import base64
 import binascii
@@ -6,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from data import DataError
+from plumbing.errors import DataError
 from plumbing.files import read_bytes, read_json_data
 
 EOT = "<|endoftext|>"
@@ -17,7 +19,10 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$" \
 
 
 OF_TRANSFORMERS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json")  # what it reads of a GPT-2
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CHAT = """{% for m in messages %}{{ {"system": "\n\nSystem: ", "user": "\n\nHuman: ", \
+"assistant": "\n\nAssistant: "}[m["role"]] + m["content"] }}{% endfor %}\
+{% if add_generation_prompt %}{{ "\n\nAssistant:" }}{% endif %}"""  # as data.Tokenizer.render
 
 
 def read(name_or_path):
@@ -33,27 +38,41 @@ def read(name_or_path):
 
 
 def write(folder, ranks, eot):
-    """Write vocab.json + merges.txt (transformers reads them) where the ranks are merges, and
-    tokenizer.tiktoken where they are not (a vocabulary of whole words)."""
-    folder, merges = Path(folder), merges_of(ranks)
-    if merges is None:
-        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
-        (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
-        return
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja. Texts are truncated to the positions
+    that the folder's config.json names."""
+    folder = Path(folder)
     show = {b: c for c, b in byte_characters().items()}
-    vocab = {"".join(show[b] for b in token): rank for token, rank in ranks.items()}
-    pairs = [" ".join("".join(show[b] for b in part) for part in merge) for merge in merges]
-    vocab = dict(sorted((vocab | {EOT: eot}).items(), key=lambda item: item[1]))  # by id
-    text = json.dumps(vocab, ensure_ascii=False)
-    (folder / "vocab.json").write_text(text, encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
-    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
+    ids = dict(sorted((("".join(show[b] for b in token), rank) for token, rank in ranks.items()),
+                      key=lambda item: item[1]))  # the same bytes whatever the order of the ranks
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = {"id": eot, "content": EOT, "single_word": False, "lstrip": False, "rstrip": False,
+               "normalized": False, "special": True}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+             "vocab": ids, "merges": splits_of(ids)}
+    bpe = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [special],
+           "normalizer": None, "pre_tokenizer": split, "post_processor": split, "decoder": split,
+           "model": model}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+              "padding_side": "left", **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOT)}
+    if (folder / "config.json").exists():
+        sizes = json.loads((folder / "config.json").read_bytes())
+        config["model_max_length"] = sizes.get("n_positions") or sizes.get("block_size")
+    (folder / "tokenizer.json").write_text(json.dumps(bpe, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
+
+
+def splits_of(ids):
+    """All ways to make a token of two others, by the token's id: tiktoken joins the two neighbours whose union
+    has the lowest id, however that union came about."""
+    return [[token[:i], token[i:]] for token in sorted(ids, key=ids.get) for i in range(1, len(token))
+            if token[:i] in ids and token[i:] in ids]
 
 
 def copy(start, folder):
-    """Copy the tokenizer of a model's folder as it is, its added tokens too. False where transformers would
-    find none there."""
+    """Copy the tokenizer of a model's folder as it is, its added tokens and chat template too. False where
+    transformers would find none there."""
     names = [name for name in OF_TRANSFORMERS if Path(start, name).exists()]
     if not {"merges.txt", "tokenizer.json"} & set(names):
         return False
@@ -124,9 +143,11 @@ def read_tokenizer_json(path):
     bpe = read_json_data(path)
     try:
         model, split, after = bpe["model"], bpe["pre_tokenizer"], bpe.get("post_processor") or {}
+        merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
         split_of_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         of_gpt2 = {
-            "model": model["type"] == "BPE" and not model.get("dropout") and not model.get("ignore_merges"),
+            "model": model["type"] == "BPE" and not model.get("dropout")
+                     and (not model.get("ignore_merges") or merges == splits_of(model["vocab"])),
             "normalizer": not bpe["normalizer"],
             "pre_tokenizer": (split_of_gpt2 | split).items() >= split_of_gpt2.items(),
             "post_processor": after.get("type", "ByteLevel") in ("ByteLevel", "TemplateProcessing")
@@ -134,7 +155,8 @@ def read_tokenizer_json(path):
             "added_tokens": all(map(is_special, bpe["added_tokens"])),
         }
         vocab = model["vocab"] | {t["content"]: t["id"] for t in bpe["added_tokens"]}
-        merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
+        if model.get("ignore_merges"):  # of `write`: each token is one, whether merges make it or not
+            merges = [(token, "") for token in sorted(model["vocab"], key=model["vocab"].get)]
     except (KeyError, TypeError, AttributeError) as e:
         raise DataError(f"{path}: not a tokenizer.json of GPT-2's kind ({e})") from None
     if other := [name for name, true in of_gpt2.items() if not true]:
@@ -198,21 +220,6 @@ def byte_characters():
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-def merges_of(ranks):
-    """The two parts from which BPE makes each token, in rank order; None when some token is no such merge."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            if ranks.get(parts[best] + parts[best + 1], rank) >= rank:
-                return None
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append(parts)
-    return merges
 
 
 def is_in(folder):
