@@ -1,11 +1,10 @@
-"""GPT-2 from scratch. Needs torch; files and downloads are plumbing/pretrained.py.
+"""GPT-2 from scratch; files and downloads are plumbing/pretrained.py.
 
 Shapes: B rows, T tokens, P cached tokens, C = n_embd channels, H heads, D = C / H, V vocabulary.
 The trunk (`forward`) and the head (`logits`) are apart, so that the head can run on response tokens only.
 
 Another architecture is tried by editing this file alone: the scripts need GPT.forward, logits, generate,
-config, the embedding `wte` and the list of blocks `h`. A model with GPT-2's parameters is saved in Hugging
-Face's layout, so an edit that keeps them all (another activation, say) is read elsewhere as a plain GPT-2.
+config, the embedding `wte` and the list of blocks `h`. What computes GPT-2 is saved in Hugging Face's layout.
 """
 
 import math
@@ -37,27 +36,22 @@ class GPTConfig:
 
 
 class Cache:
-    """The keys and values of up to `positions` tokens of B rows, layer by layer, for generation.
-
-    Each is (B, H, positions, D), made when a layer's first token comes and written in place.
-    """
-
+    """The keys and values of up to `positions` tokens, layer by layer, each (B, H, positions, D)."""
     def __init__(self, n_layer, positions):
         self.keys, self.values, self.positions = [None] * n_layer, [None] * n_layer, positions
-        self.length = 0  # P, the tokens that all layers have; GPT.forward counts
+        self.length = 0  # P; GPT.forward counts
 
     def extend(self, layer, k, v):
-        """Write the keys and values of new tokens, (B, H, T, D), behind a layer's: all, (B, H, P+T, D)."""
+        """Write those of new tokens, (B, H, T, D), in place: views of all the layer's, (B, H, P+T, D)."""
         end = self.length + k.shape[-2]
-        for known, new in ((self.keys, k), (self.values, v)):
-            if known[layer] is None:
-                known[layer] = new.new_empty(*new.shape[:2], self.positions, new.shape[-1])
-            known[layer][..., self.length:end, :] = new
+        for kept, new in ((self.keys, k), (self.values, v)):
+            if kept[layer] is None:
+                kept[layer] = new.new_empty(*new.shape[:2], self.positions, new.shape[-1])
+            kept[layer][..., self.length:end, :] = new
         return self.keys[layer][..., :end, :], self.values[layer][..., :end, :]
 
     def keep(self, rows):
-        """Forget all rows but those of a mask, (B,), or an index."""
-        self.keys, self.values = ([x[rows] for x in known] for known in (self.keys, self.values))
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
 
 
 class Attention(nn.Module):
@@ -105,8 +99,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The decoder. vocab_multiple rounds the embedding table up (a multiple of 64 is faster): the extra
-    rows are 0, and never looked up, scored, sampled or saved.
-    """
+    rows are 0, and never looked up, scored, sampled or saved."""
 
     def __init__(self, config, vocab_multiple=1):
         super().__init__()
@@ -123,15 +116,14 @@ class GPT(nn.Module):
         padding = -config.vocab_size % vocab_multiple  # last: the same seed draws the same weights without it
         self.wte.weight = nn.Parameter(F.pad(self.wte.weight.detach(), (0, 0, 0, padding)))
         self.wte.num_embeddings += padding
-        self.eval()  # policy and reference must agree before the first step, so an edit's dropout stays off
+        self.eval()  # an edit's dropout stays off: policy and reference agree before the first step
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
         """Hidden states after the final LayerNorm: tokens (B, T) -> (B, T, C).
 
         positions (B, T), by default counted on from the cache. mask (B, 1, T, P+T), bool, True where a token
-        (row) may attend to another (column), or a BlockMask of FlexAttention; by default causal. cache: the
-        Cache of the P tokens before; it is extended in place.
-        """
+        (row) may attend to another (column), or a BlockMask; by default causal. cache: of the P tokens
+        before, or None; it is extended in place."""
         T, P = tokens.shape[-1], 0 if cache is None else cache.length
         if positions is None:
             if P + T > self.config.block_size:
@@ -149,9 +141,8 @@ class GPT(nn.Module):
     def logits(self, hidden, centered=False):
         """The tied head: hidden (..., C) -> (..., V). Rows that only pad the table are cropped here.
 
-        centered: less their mean, which no softmax sees. GPT-2's logits are about -110, where bfloat16 has
-        steps of 0.5; centred they are small and have small steps.
-        """
+        centered: less their mean, which no softmax sees. GPT-2's are about -110, where bfloat16 has steps of
+        0.5; centred they are small and have small steps."""
         table = self.wte.weight
         if centered:
             table = table - table[:self.config.vocab_size].detach().mean(0)
@@ -160,28 +151,25 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, eos=None,
                  generator=None):
-        """Continue each row of tokens (B, T) to at most T + max_new_tokens: prompt and continuation.
+        """Continue each row of tokens (B, T) up to T + max_new_tokens: prompt and continuation.
 
-        A shorter prompt is filled up with -1, and its continuation begins there. temperature 0 takes the most
-        likely token. top_k keeps the k most likely tokens; top_p keeps a token unless the likelier ones reach
-        probability p without it. A row that has produced `eos` is left alone and filled up with it. Beyond
-        block_size the model sees the last block_size tokens, recomputed each time.
-        """
+        A prompt shorter than T is filled up with -1: its continuation begins there. temperature 0 takes the
+        most likely token. top_k keeps the k most likely tokens, top_p the fewest that together reach p. A row
+        that has produced `eos` repeats it. Beyond block_size the last block_size tokens are recomputed."""
         T, shortest = tokens.shape[1], int((tokens >= 0).sum(-1).min())
         if shortest == 0:
             raise ModelError("generate needs at least one token; end-of-text serves as an empty prompt")
-        if not temperature >= 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
-            raise ModelError(f"sampling with temperature {temperature}, top_k {top_k}, top_p {top_p}: "
+        if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
+            raise ModelError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: "
                              "needs temperature >= 0, top_k >= 1, 0 < top_p <= 1")
         text, end = F.pad(tokens, (0, max_new_tokens), value=-1), T
-        rows = torch.arange(len(text), device=text.device)  # those that have not ended, (R,)
+        rows = torch.arange(len(text), device=text.device)  # those that go on
         cache = Cache(self.config.n_layer, min(self.config.block_size, T + max_new_tokens))
         for end in range(shortest + 1, T + max_new_tokens + 1):
-            if cache.length == self.config.block_size:
-                cache.length = 0
+            cache.length %= self.config.block_size  # a full one is written anew
             begin = end - 2 if cache.length else max(0, end - 1 - self.config.block_size)
-            hidden = self(text[rows, begin:end - 1], cache=cache)[:, -1]  # (R, C)
-            token = sample_token(self.logits(hidden).float(), temperature, top_k, top_p, generator)  # (R,)
+            hidden = self(text[rows, begin:end - 1], cache=cache)[:, -1]  # (rows, C)
+            token = sample_token(self.logits(hidden).float(), temperature, top_k, top_p, generator)
             given = text[rows, end - 1]  # of a longer prompt, or -1
             text[rows, end - 1] = torch.where(given < 0, token, given)
             if eos is not None and (ended := (given < 0) & (token == eos)).any():
@@ -194,10 +182,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, vocab_multiple=1):
-        """Read a folder of save_pretrained or transformers, or a GPT-2 by name (gpt2, ...), in float32.
-
-        Raises ModelError, in one line, for anything that is not a model of this kind.
-        """
+        """A folder of save_pretrained or transformers, or a name (gpt2, ...), in float32; or ModelError."""
         return pretrained.read(cls, GPTConfig, name_or_folder, vocab_multiple)
 
     def save_pretrained(self, folder, eos=None):
@@ -209,29 +194,23 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     """One token a row: logits (B, V) -> (B,). top_p looks at the distribution that top_k leaves."""
     if temperature < 1e-6:  # 0, or so small that logits / temperature would overflow
         return logits.argmax(-1)
-    ids = None
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k)  # (B, K)
+    ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    if top_k is not None:
+        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # (B, K)
     probs = (logits / temperature).softmax(-1)
-    place = draw(probs, generator)  # (B, 1)
-    while top_p is not None and top_p < 1:  # without a sort: a token outside is drawn again, from the likelier
-        likelier = probs * (probs > probs.gather(-1, place))
-        outside = likelier.sum(-1, keepdim=True) >= top_p
-        if not outside.any():
+    at = draw(probs, generator)  # (B, 1)
+    while top_p is not None and top_p < 1:  # no sort: a token beyond p is drawn again, from those before it
+        p = probs.gather(-1, at)
+        before = probs * ((probs > p) | (probs == p) & (ids < ids.gather(-1, at)))
+        beyond = before.sum(-1, keepdim=True) >= top_p
+        if not beyond.any():
             break
-        place = torch.where(outside, draw(likelier, generator), place)
-    return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
+        at = torch.where(beyond, draw(before, generator), at)
+    return ids.gather(-1, at).squeeze(-1)
 
 
-def draw(weights, generator, size=256):
-    """An index a row, (B, 1), with probability in proportion to the weights (B, V): a block of indices, then
-    one of the block. Sums are short or float64, so the most unlikely token keeps its probability."""
-    blocks = F.pad(weights, (0, -weights.shape[-1] % size)).unflatten(-1, (-1, size))  # (B, V/size, size)
-
-    def pick(weights):
-        sums = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
-        u = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator)
-        return torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp(max=sums.shape[-1] - 1)
-
-    block = pick(blocks.sum(-1))  # (B, 1)
-    return size * block + pick(blocks.take_along_dim(block.unsqueeze(-1), 1).squeeze(1))
+def draw(weights, generator):
+    """An index a row, (B, 1), in proportion to weights (B, V), by one uniform number on their running sum."""
+    sums = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
+    u = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator)
+    return torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp(max=sums.shape[-1] - 1)

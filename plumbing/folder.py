@@ -346,7 +346,7 @@ class Run:
         def write_result(aside):
             policy.save_pretrained(aside, self.tokenizer.eot)
             start = self.cfg.init
-            if not (start and vocab.is_in(start) and vocab.copy(start, aside)):
+            if not (start and pretrained.carry_over(start, aside)):
                 self.tokenizer.save(aside)
 
         for model in filter(None, (policy, reference)):
