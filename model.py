@@ -50,9 +50,6 @@ class Cache:
             kept[layer][..., self.length:end, :] = new
         return self.keys[layer][..., :end, :], self.values[layer][..., :end, :]
 
-    def keep(self, rows):
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
@@ -175,7 +172,7 @@ class GPT(nn.Module):
             if eos is not None and (ended := (given < 0) & (token == eos)).any():
                 text[rows[ended], end:] = eos
                 rows = rows[~ended]
-                cache.keep(~ended)
+                cache.keys, cache.values = ([x[~ended] for x in kept] for kept in (cache.keys, cache.values))
                 if not len(rows):
                     break
         return text[:, :end]
