@@ -251,7 +251,7 @@ def read_sizes(flag, name):
         raise ConfigError(f"--{flag} {name}: no such folder; choose one, or a name: "
                           f"{', '.join(pretrained.NAMES)}")
     try:
-        return pretrained.read_config(pretrained.folder_of(name))
+        return pretrained.read_config(pretrained.folder_of(name), GPTConfig)
     except ModelError as e:
         raise ConfigError(f"--{flag}: {e}") from None
 
