@@ -29,8 +29,6 @@ def is_pairwise(loss):
 
 
 # ---- argv -> what was typed -> Config ----
-
-
 def parse(Config, argv):
     """argv -> {name: value} of the flags that were typed. Flags are Config's fields, with their types,
     choices and help, and the hyper-parameters of the losses."""
@@ -91,8 +89,6 @@ def configure(Config, typed):
 
 
 # ---- Checks ----
-
-
 def check(cfg, typed):
     """Refuse values out of range, a loss that asks for an unknown term, and typed flags that it does not
     read."""
@@ -166,8 +162,6 @@ def check_tokens(flag, name, sizes, tokenizer):
 
 
 # ---- The whole way ----
-
-
 def resolve(Config, argv):
     """argv -> (Config in which every knob that the run reads has its value, Tokenizer).
 

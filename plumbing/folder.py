@@ -73,8 +73,6 @@ def open_model(name, vocab_multiple=1):
 
 
 # ---- Which run is it? ----
-
-
 def identity_of(cfg, pairs, val, tokenizer, policy, reference):
     """All that determines the numbers of a run but its length: what --resume and a reused SFT compare.
 
@@ -126,8 +124,6 @@ def place_of_sft(cfg, pairs, val, tokenizer):
 
 
 # ---- May this folder be written to? ----
-
-
 def files_of(folder):
     """Names of the files in a folder, without what a run that was killed at its very start leaves."""
     return sorted(p.name for p in folder.glob("[!.]*") if p.is_file() and p.suffix != ".part")
@@ -182,8 +178,6 @@ def claim(folder, record, resume, overwrite):
 
 
 # ---- A run ----
-
-
 class Run:
     """One run in its folder. It holds the folder's lock, catches SIGINT and SIGTERM, and decides by itself
     when to log, evaluate and save. Rank 0 alone writes."""
