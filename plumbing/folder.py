@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from losses import LOSSES, terms_of
-from model import GPT
+from model import GPT, GPTConfig
 from plumbing import checkpoints, machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, RunError
 from plumbing.files import write_atomically, write_json, writing
@@ -64,7 +64,7 @@ def open_model(name, vocab_multiple=1):
         return GPT.from_pretrained(name, vocab_multiple)
     step, _, tensors = checkpoints.newest(Path(name))
     report.say(f"{name}: this run is not finished; its weights after step {step} are read")
-    model = GPT(pretrained.read_config(Path(name)), vocab_multiple).eval()
+    model = GPT(pretrained.read_config(Path(name), GPTConfig), vocab_multiple).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             rows = model.config.vocab_size if key == "wte.weight" else len(p)  # the others are padding
@@ -73,8 +73,6 @@ def open_model(name, vocab_multiple=1):
 
 
 # ---- Which run is it? ----
-
-
 def identity_of(cfg, pairs, val, tokenizer, policy, reference):
     """All that determines the numbers of a run but its length: what --resume and a reused SFT compare.
 
@@ -126,8 +124,6 @@ def place_of_sft(cfg, pairs, val, tokenizer):
 
 
 # ---- May this folder be written to? ----
-
-
 def files_of(folder):
     """Names of the files in a folder, without what a run that was killed at its very start leaves."""
     return sorted(p.name for p in folder.glob("[!.]*") if p.is_file() and p.suffix != ".part")
@@ -153,9 +149,9 @@ def check_free(folder, resume, overwrite):
                           "--resume, --overwrite or another folder")
 
 
-def claim(folder, identity, resume, overwrite):
-    """Make the folder, lock it against a second writer until the returned lock is released, and compare what
-    the run is with what it was."""
+def claim(folder, record, resume, overwrite):
+    """Make the folder of a run, lock it against a second writer until the returned lock is released, and
+    write its run.json, or compare what the run is with what it was."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,21 +163,21 @@ def claim(folder, identity, resume, overwrite):
     try:
         check_free(folder, resume, overwrite)  # again: another process may have been there meanwhile
         if resume:
-            check_identity(folder, read_run(folder)["identity"], identity)
-        elif overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
+            check_identity(folder, read_run(folder)["identity"], record["identity"])
+            return lock
+        if overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
             with writing(folder):
                 for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
                     for path in folder.glob(pattern):
                         path.unlink()
+        write_json(folder / "run.json", record)
+        return lock
     except BaseException:
         lock.release()
         raise
-    return lock
 
 
 # ---- A run ----
-
-
 class Run:
     """One run in its folder. It holds the folder's lock, catches SIGINT and SIGTERM, and decides by itself
     when to log, evaluate and save. Rank 0 alone writes."""
@@ -199,13 +195,12 @@ class Run:
         self.stopped, self.signals, self.handlers = None, [], {}
 
     def __enter__(self):
-        self.lock = ranks.on_main(claim, self.folder, self.identity, self.cfg.resume, self.cfg.overwrite)
-        if ranks.any_of(not self.folder.exists()):
+        self.lock = ranks.on_main(claim, self.folder, self.record, self.cfg.resume, self.cfg.overwrite)
+        if ranks.any_of(not (self.folder / "run.json").exists()):
+            self.__exit__()
             raise ConfigError(f"--out_dir {self.folder}: another machine does not see it; choose one that "
                               "all machines share")
-        self.finished = self.cfg.resume and read_run(self.folder)["finished"] == self.cfg.steps
-        if not self.cfg.resume:
-            write_json(self.folder / "run.json", self.record)
+        self.finished = read_run(self.folder)["finished"] == self.cfg.steps
 
         def note(number, frame):
             """The step ends first; a second signal kills."""
@@ -237,9 +232,9 @@ class Run:
         self.record["saved"] = self.first
         write_json(folder / "run.json", self.record)  # now that nothing refuses it
         with writing(folder):  # so that a run that is stopped can be sampled
-            ranks.only_main(self.tokenizer.save)(folder)
             if isinstance(policy, GPT):
                 ranks.only_main(pretrained.write_config)(policy, folder, self.tokenizer.eot)
+            ranks.only_main(self.tokenizer.save)(folder)
         self.log_file = Log(folder / "log.jsonl", self.first,
                             self.record | {"resumed_at": self.first} | self.about)
         report.say(report.headline(cfg, self.about, self.first))
@@ -314,6 +309,8 @@ class Run:
             ranks.unshard(model)
         with writing(self.folder):
             ranks.only_main(policy.save_pretrained)(self.folder, self.tokenizer.eot)
+            if self.cfg.init and isinstance(policy, GPT):
+                ranks.only_main(pretrained.carry_over)(self.cfg.init, self.folder)
         write_json(self.folder / "run.json", self.record | {"finished": self.cfg.steps})
         ranks.wait()  # the files are there before another rank reads them
 
