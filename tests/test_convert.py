@@ -142,7 +142,8 @@ def test_keys_without_meaning_are_left_out_and_counted_and_an_id_is_kept():
         sha256 rejected-model model_name prompt_tokens num_tokens chosen_length conversationId _id uuid"""
     converter = convert.Converter()
     made = converter.convert(pair(**dict.fromkeys(keys.split(), "x"), metadata={"url": "x"}, id="a"))
-    assert made == pair(id="a") and converter.left_out == dict.fromkeys([*keys.split(), "metadata", "id"], 1)
+    assert made == pair(id="a") and converter.left_out == dict.fromkeys([*keys.split(), "metadata"], 1)
+    assert convert.Converter(drop=["id"]).convert(pair(id=7)) == converter.convert(pair(id=[7])) == pair()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -166,6 +167,8 @@ def with_answer(**more):
     ({"messages": [*turns("Hi"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
      MEANT.format("messages[1].tool_calls", "tool_calls")),
     (pair(chosen=[{"text": "a", "reasoning": "b"}]), MEANT.format("chosen[0].reasoning", "reasoning")),
+    (pair(turns("Hi"), [{"type": "text", "text": "a", "x": 1}], "b"), MEANT.format("chosen[0].x", "x")),
+    (pair(turns("Hi"), {"messages": says("Yes"), "x": 1}, "b"), MEANT.format("chosen.x", "x")),
     *((pair(**{key: value}), MEANT.format(key, key)) for key, value in [
         ("tools", [{}]), ("functions", [{}]), ("images", ["x"]), ("context", "A"), ("instruction", "Do"),
         ("input", "A story"), ("history", [["a", "b"]]), ("question", "other"), ("conversation_summary", "x"),
@@ -204,6 +207,7 @@ def with_answer(**more):
     ({"chosen": turns("Yes"), "rejected": turns("No")}, '"chosen": no assistant turn stands after'),
     ({"chosen": says("Yes"), "rejected": says("No")}, "lacks prompt"),
     ({"messages": turns("Hi")}, '"messages" must end in an assistant turn, the answer'),
+    ({"messages": turns("Hi", "Yes"), "prompt": turns("Hi")[0] | {"x": 1}}, MEANT.format("prompt", "prompt")),
     # what is no form names the nearest alone
     ({"question": "Q", "good_answer": "a"}, "no form has the keys good_answer, question; the nearest, pairs, "
      "lacks chosen, rejected; if they have other names: --keys chosen=NAME rejected=NAME"),
