@@ -97,8 +97,7 @@ ROLES = [{"from": role, "value": "Hi"} for role in ("user", "human", "Human", "U
     (pair(turns("Hi"), says("A", "B", "Yes"), says("A", "B", "No")), (AB, " Yes", " No")),
     (pair("B", turns("Hi", "A", "B", "Yes"), turns("Hi", "A", "B", "No")), (AB, " Yes", " No")),
     # text, a message, messages, {"messages"}, parts of content
-    (pair(turns("Hi"), "Yes", "No"), YES_NO),
-    (pair(turns("Hi")[0], says("Yes")[0], "No"), YES_NO),
+    (pair(turns("Hi"), "Yes", "No"), YES_NO), (pair(turns("Hi")[0], says("Yes")[0], "No"), YES_NO),
     (pair("Hi", {"messages": says("Yes")}, {"messages": says("No")}), YES_NO),
     (pair([{"role": "user", "content": [{"type": "text", "value": "H"}, {"type": "text", "text": "i"}]}],
           says([{"type": "text", "text": "Yes"}]), [{"type": "text", "text": "No"}]), YES_NO),
@@ -292,7 +291,7 @@ def test_of_labelled_completions_the_true_ones_are_kept_where_the_flag_says_so(t
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
-ROWS = [pair(f"Q{i}", f"good\n{i}, é", f'bad "{i}"') for i in range(3)]
+ROWS = [pair(f"Q{i}", f"good\n{i}, é\u2028\x85“", f'bad "{i}"') for i in range(3)]
 TEXTS = [tuple(record.values()) for record in ROWS]
 JSONL = "".join(json.dumps(record) + "\n" for record in ROWS).encode()
 ARRAY = json.dumps(ROWS, indent=1).encode()
