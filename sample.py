@@ -18,46 +18,19 @@ import torch
 
 from data import DataError, Pair, Tokenizer, collate
 from model import GPT
-from plumbing import formats, machine, vocab
+from plumbing import machine, pairs, vocab
 from plumbing.errors import ConfigError
-from plumbing.files import read_bytes
 from plumbing.flags import check_vocabulary, model_sizes
 from plumbing.folder import read_run, weights_hash
 from plumbing.report import fail, one_line_errors, sampling
 
 
 def read_prompts(path):
-    """Prompts of a file, or of stdin for "-": texts, or objects with a "prompt"."""
-    prompts = []
+    """Prompts, texts or messages, of a file or of stdin for "-"; see plumbing/pairs.py."""
     try:
-        for where, record in read_texts(path):
-            try:
-                prompt = record["prompt"] if isinstance(record, dict) else record
-                prompt.encode()
-            except (KeyError, AttributeError, UnicodeEncodeError):  # no text, or half a surrogate pair
-                raise DataError(f'{where}: no text and no JSON object with a "prompt"') from None
-            prompts += [prompt] if prompt.strip() else []
-        if not prompts:
-            raise DataError(f"{path}: holds no prompt")
+        return pairs.read_prompts(path)
     except DataError as e:
         raise ConfigError(f"--prompts {e}") from None
-    return prompts
-
-
-def read_texts(path):
-    """(where, text or object): the items of an array, the rows of a table, or lines, plain or of JSONL."""
-    if formats.ending(path) in {*formats.ENDINGS, ".json"} - {".jsonl"}:
-        yield from formats.read_records(path)
-        return
-    try:
-        text = (sys.stdin.buffer.read() if path == "-" else read_bytes(path)).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8") from None
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if line.lstrip().startswith("{"):
-            yield from ((f"{path}:{number}", record) for _, record in formats.read_lines(path, line.encode()))
-        else:
-            yield f"{path}:{number}", line
 
 
 def token_rewards(policy, reference, prompt, response, beta):
@@ -174,8 +147,9 @@ def sample(args):
     block_size = min(model.config.block_size for model in (policy, reference))
     for prompt in prompts:
         if args.chat:
-            prompt = formats.TURN["user"] + prompt + formats.ASSISTANT
-        ids = np.array(tokenizer.encode(prompt) or [tokenizer.eot])
+            prompt = [{"role": "user", "content": prompt}]
+        ids = np.array(tokenizer.encode_prompts([prompt])[0])
+        prompt = prompt if isinstance(prompt, str) else tokenizer.render(prompt)
         response = None
         if args.response is not None:
             response = np.array([*tokenizer.encode(args.response), tokenizer.eot])

@@ -34,12 +34,9 @@ PARTS = {
     "return": [r"-\log\sigma", r"-\sum_{k<N}"],
 }
 TESTS = {  # which tests of tests/test_losses.py are about a loss, by their names
-    "dpo": "_dpo_by_hand|_is_dpo|every_sequence_loss",
-    "dpop": "dpop|every_sequence_loss",
-    "tdpo1": "tdpo1|tdpo_with|every_sequence_loss",
-    "tdpo2": "tdpo2|tdpo_with|alpha_scales|every_sequence_loss",
-    "2d-dpo-vanilla": "2d_vanilla|2d_scaling|both_2d_losses",
-    "2d-dpo": "2d_group|2d_with_one|kth_best|equal_rewards|unselected|eq_6|2d_scaling|both_2d_losses",
+    "dpo": "_dpo_by_hand|_is_dpo", "dpop": "dpop", "tdpo1": "tdpo1", "tdpo2": "tdpo2",
+    "2d-dpo-vanilla": "2d_vanilla|masked_segments",
+    "2d-dpo": "2d_group|2d_with_one|kth_best|equal_rewards|small_gaps|masked_segment",
 }
 GRADIENTS = {  # dL/d log pi of the chosen and the rejected response, then dL/dz of the logits of their tokens
     "dpo": ("-g", "+g", "-g(e-s)", "+g(e-s)"),
@@ -51,10 +48,12 @@ GRADIENTS = {  # dL/d log pi of the chosen and the rejected response, then dL/dz
 }
 REMARKS = {
     "dpo": """It sees only the difference of the log-ratios, so both may fall if the rejected one falls
-faster. Tokens that the two responses share get exactly no gradient.""",
+faster. A prefix that both responses share gets exactly no gradient; shared tokens after the first
+difference do.""",
     "dpop": """Below the reference the chosen response weighs 1 + λ, and a shared prefix rises with it.
 Elsewhere it is DPO.""",
-    "tdpo1": """The KL cancels the policy’s softmax: the gradient of the logits holds q instead of s.""",
+    "tdpo1": """The KL cancels the policy’s softmax: the gradient of the logits holds q instead of s. Trained
+to the end it is not DPO’s Eq. 4 (below).""",
     "tdpo2": """The stop-gradient removes the push on the chosen KL. The rejected KL’s pull remains and draws
 a shared prefix back to the reference.""",
     "2d-dpo-vanilla": """A segment has its reward’s share of the push. With all rewards 1 it is DPO.""",
@@ -62,9 +61,11 @@ a shared prefix back to the reference.""",
 }
 FIGURES = {
     "frontier": """True reward against KL from the reference, on toy reviews whose reward is known: what every
-loss reaches, and dotted Eq. 4 of the DPO paper, which no policy can exceed.""",
-    "edit_distance": """Chosen log-probability when the rejected answer differs in few digits: in the mean of
-five seeds DPO lowers even chosen tokens that nobody edited (the interval reaches zero), DPOP does not.""",
+loss reaches, and dotted Eq. 4 of the DPO paper on samples of each reference.""",
+    "optima": """What DPO and TDPO1 converge to, exact, on a world that can be enumerated: TDPO1’s optimum is
+another policy than Eq. 4 and lies below it at every KL.""",
+    "edit_distance": """Chosen log-probability when the rejected answer differs in few digits: in each of five
+seeds DPO lowers even chosen tokens that nobody edited, DPOP in none.""",
 }
 
 
@@ -115,6 +116,8 @@ def statements(function):
     definition = ast.parse(source).body[0]
     found = []
     for node in definition.body[1:]:
+        if isinstance(node, ast.Expr):  # alike(...): no term of the equation
+            continue
         lines = [line[4:].partition("  # ") for line in source.splitlines()[node.lineno - 1:node.end_lineno]]
         names = [x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
         statement = "\n".join(written.rstrip() for written, _, _ in lines)
@@ -141,7 +144,7 @@ def equation(latex, name, lines):
 
 def code(name, function, lines):
     """The function as a list of buttons: statement, comment, and the place of its value for the pair."""
-    knobs = ", ".join(losses.knobs_of(function))
+    knobs = ", ".join(f"{knob}={value:g}" for knob, value in losses.knobs_of(function).items())
     terms = ", ".join(losses.terms_of(function))
     rows = [f'<p class="def"><b>{function.__name__}</b>({terms}, *, {knobs})</p>']
     for i, (_, statement, comment) in enumerate(lines):
@@ -155,7 +158,8 @@ def departures(name):
     """The numbered departures of losses.py that are about this loss."""
     family = {"tdpo1": "TDPO", "tdpo2": "TDPO", "2d-dpo-vanilla": "2D-DPO"}.get(name, name.upper())
     found = re.split(r"^ \d\. ", losses.__doc__.partition("had to be chosen:")[2], flags=re.M)[1:]
-    found = [" ".join(item.split()) for item in found if re.match(rf"{family}\b", item)]
+    about = rf"({family}|{name.upper()}|All losses)\b"
+    found = [" ".join(item.split()) for item in found if re.match(about, item)]
     if name == "2d-dpo-vanilla":
         found = [item for item in found if "selection" not in item]
     return [html.escape(item, quote=False) for item in found] or ["None."]
@@ -169,7 +173,7 @@ def section(name, cells, golden):
     tests = [test for test in tests if re.search(TESTS[name], test)]
     title, _, source = function.__doc__.split("\n\n")[0].partition(",")
     values = ", ".join(f"{value:.9g}" for value in golden[f"float64/unhealthy/{name}/loss"])
-    part = ",k" if name.startswith("2d") else ""
+    part, fixed = ",k" if name.startswith("2d") else "", ", K held fixed" if name.startswith("tdpo") else ""
     at = (rf"\log\pi(y_{{w{part}}})", rf"\log\pi(y_{{l{part}}})", "z_w", "z_l")
     gradients = [math(rf"\frac{{\partial L}}{{\partial {x}}}={{{gradient}}}", "block")
                  for x, gradient in zip(at, GRADIENTS[name], strict=True)]
@@ -180,13 +184,13 @@ def section(name, cells, golden):
 <div class="equation">{equation(latex, name, lines)}<p>{prose(rest.lstrip(', '))}</p></div>
 <p>{REMARKS[name]}</p>
 <dl><dt>Needs beyond log-probabilities</dt><dd>{prose(cells[4])}</dd>
-<dt>Gradient</dt><dd><ul class="gradients">{items(gradients)}</ul></dd>
+<dt>Gradient (in log π{fixed}; in the logits)</dt><dd><ul class="gradients">{items(gradients)}</ul></dd>
 <dt>Departures from the paper</dt><dd><ul>{items(departures(name))}</ul></dd></dl></div>
 <div class="code" role="group" aria-label="{function.__name__} in losses.py">
 {code(name, function, lines)}
 <p class="hint">Right: the values for the pair above. <a href="../losses.py">losses.py</a></p></div></div>
 <details><summary>Tests and golden numbers</summary><dl>
-<dt>Proved in <a href="../tests/test_losses.py">tests/test_losses.py</a></dt>
+<dt>Checked in <a href="../tests/test_losses.py">tests/test_losses.py</a></dt>
 <dd><ul>{items(f"<code>{test}</code>" for test in tests)}</ul></dd>
 <dt>Golden</dt><dd><code>float64/unhealthy/{name}/loss</code> = {values}</dd></dl></details>
 </section>"""

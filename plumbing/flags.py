@@ -11,6 +11,7 @@ import torch
 
 import data
 from losses import LOSSES, SELECTING, TERMS, knobs_of, terms_of
+from model import GPTConfig
 from plumbing import machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, DataError, ModelError
 from plumbing.folder import check_free, is_free, read_run
@@ -28,8 +29,6 @@ def is_pairwise(loss):
 
 
 # ---- argv -> what was typed -> Config ----
-
-
 def parse(Config, argv):
     """argv -> {name: value} of the flags that were typed. Flags are Config's fields, with their types,
     choices and help, and the hyper-parameters of the losses."""
@@ -90,8 +89,6 @@ def configure(Config, typed):
 
 
 # ---- Checks ----
-
-
 def check(cfg, typed):
     """Refuse values out of range, a loss that asks for an unknown term, and typed flags that it does not
     read."""
@@ -165,8 +162,6 @@ def check_tokens(flag, name, sizes, tokenizer):
 
 
 # ---- The whole way ----
-
-
 def resolve(Config, argv):
     """argv -> (Config in which every knob that the run reads has its value, Tokenizer).
 
@@ -251,7 +246,7 @@ def read_sizes(flag, name):
         raise ConfigError(f"--{flag} {name}: no such folder; choose one, or a name: "
                           f"{', '.join(pretrained.NAMES)}")
     try:
-        return pretrained.read_config(pretrained.folder_of(name))
+        return pretrained.read_config(pretrained.folder_of(name), GPTConfig)
     except ModelError as e:
         raise ConfigError(f"--{flag}: {e}") from None
 

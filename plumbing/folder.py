@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from losses import LOSSES, terms_of
-from model import GPT
+from model import GPT, GPTConfig
 from plumbing import checkpoints, machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, RunError
 from plumbing.files import write_atomically, write_json, writing
@@ -64,7 +64,7 @@ def open_model(name, vocab_multiple=1):
         return GPT.from_pretrained(name, vocab_multiple)
     step, _, tensors = checkpoints.newest(Path(name))
     report.say(f"{name}: this run is not finished; its weights after step {step} are read")
-    model = GPT(pretrained.read_config(Path(name)), vocab_multiple).eval()
+    model = GPT(pretrained.read_config(Path(name), GPTConfig), vocab_multiple).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             rows = model.config.vocab_size if key == "wte.weight" else len(p)  # the others are padding
@@ -73,8 +73,6 @@ def open_model(name, vocab_multiple=1):
 
 
 # ---- Which run is it? ----
-
-
 def identity_of(cfg, pairs, val, tokenizer, policy, reference):
     """All that determines the numbers of a run but its length: what --resume and a reused SFT compare.
 
@@ -126,8 +124,6 @@ def place_of_sft(cfg, pairs, val, tokenizer):
 
 
 # ---- May this folder be written to? ----
-
-
 def files_of(folder):
     """Names of the files in a folder, without what a run that was killed at its very start leaves."""
     return sorted(p.name for p in folder.glob("[!.]*") if p.is_file() and p.suffix != ".part")
@@ -182,8 +178,6 @@ def claim(folder, record, resume, overwrite):
 
 
 # ---- A run ----
-
-
 class Run:
     """One run in its folder. It holds the folder's lock, catches SIGINT and SIGTERM, and decides by itself
     when to log, evaluate and save. Rank 0 alone writes."""
@@ -238,9 +232,9 @@ class Run:
         self.record["saved"] = self.first
         write_json(folder / "run.json", self.record)  # now that nothing refuses it
         with writing(folder):  # so that a run that is stopped can be sampled
-            ranks.only_main(self.tokenizer.save)(folder)
             if isinstance(policy, GPT):
                 ranks.only_main(pretrained.write_config)(policy, folder, self.tokenizer.eot)
+            ranks.only_main(self.tokenizer.save)(folder)
         self.log_file = Log(folder / "log.jsonl", self.first,
                             self.record | {"resumed_at": self.first} | self.about)
         report.say(report.headline(cfg, self.about, self.first))
@@ -315,6 +309,8 @@ class Run:
             ranks.unshard(model)
         with writing(self.folder):
             ranks.only_main(policy.save_pretrained)(self.folder, self.tokenizer.eot)
+            if self.cfg.init and isinstance(policy, GPT):
+                ranks.only_main(pretrained.carry_over)(self.cfg.init, self.folder)
         write_json(self.folder / "run.json", self.record | {"finished": self.cfg.steps})
         ranks.wait()  # the files are there before another rank reads them
 
