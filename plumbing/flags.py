@@ -11,6 +11,7 @@ import torch
 
 import data
 from losses import LOSSES, SELECTING, TERMS, knobs_of, terms_of
+from model import GPTConfig
 from plumbing import machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, DataError, ModelError
 from plumbing.folder import check_free, is_free, read_run
