@@ -168,8 +168,8 @@ def test_a_run_that_was_stopped_is_sampled_with_its_newest_weights_and_this_is_s
     lines = [json.dumps({"prompt": f"{i}?", "chosen": "good"}) + "\n" for i in range(4)]
     (tmp_path / "d.jsonl").write_text("".join(lines))
     out = tmp_path / "sft"
-    flags = f"--loss sft --data {tmp_path / 'd.jsonl'} --tokenizer bytes --n_layer 1 --n_head 1 --n_embd 8".split()
-    train.main([*flags, "--steps", "1", "--lr", "0.5", "--out_dir", str(out), "--device", "cpu"])
+    flags = f"--loss sft --data {tmp_path / 'd.jsonl'} --tokenizer bytes --n_head 1 --n_embd 8".split()
+    train.main([*flags, "--steps", "1", "--lr", "0.5", "--out_dir", str(out)])
     before = (out / "model.safetensors").read_bytes()
     train.main(["--resume", "--steps", "2", "--out_dir", str(out)])
     newest = GPT.from_pretrained(out)
