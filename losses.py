@@ -82,7 +82,7 @@ def segment_sum(values, segment, num):
 
     Args: values (N,); segment (N,), ids 0 ... num - 1. Returns (num,); a segment without a token is 0.
     """
-    return values.new_zeros(num).index_add(0, segment, values)      # (num,)
+    return values.new_zeros(num, dtype=torch.float64).index_add(0, segment, values.double())  # (num,)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -211,7 +211,12 @@ def select_segments(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask
     Args: rewards (B, S) and masks (B, S), bool; S may differ between the two sides.
     Returns (i_w, i_l, paired), each (B, K), K the smaller S: segment indices, and True for k < N.
     """
-    r_w, r_l = (chosen_rewards * 1e5).round(), (rejected_rewards * 1e5).round()  # (B, S), equal to 1e-5
+    def cluster(r):                                                 # glue, replaced by branch proof
+        value, index = r.sort(dim=-1)
+        step = (value.diff(dim=-1) > 1e-5).cumsum(-1)
+        return torch.zeros_like(r).scatter(-1, index, F.pad(step, (1, 0)).to(r.dtype))
+
+    r_w, r_l = cluster(chosen_rewards), cluster(rejected_rewards)   # (B, S)
     best = torch.where(chosen_mask, r_w, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     worst = torch.where(rejected_mask, r_l, torch.inf).argsort(dim=-1, stable=True)
     n = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))   # (B,)
