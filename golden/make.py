@@ -215,7 +215,7 @@ def make_rows(name, pair, regime):
 def make_parameters(name, distance):
     """The parameters of both GPTs of a regime, or of one if they are equal: input names, float32."""
     inputs = {}
-    with torch.device("meta"):                                   # names and shapes
+    with torch.random.fork_rng(devices=[]):                      # for names and shapes
         gpt = GPT(GPTConfig(**GPT_SIZE))
     for parameter, x in gpt.named_parameters():
         start = UNIT if "ln_" in parameter and parameter.endswith("weight") else 0

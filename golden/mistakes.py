@@ -10,8 +10,8 @@ A replacement calls the right function through `right` (losses.py) or `stage` (t
 Letters of the short functions: w and l chosen and rejected, c their log-ratios, k their KLs, r their rewards.
 """
 
-import importlib
 import math
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ class Mistake:
         places = []
         for target, replacement in self.patches.items():
             module, attribute = target.rsplit(".", 1)
-            module = importlib.import_module(module)
+            module = sys.modules[module]
             there = getattr(module, attribute)
             places.append((module, attribute, there))
             setattr(module, attribute, replacement.make(there) if isinstance(replacement, Wrap) else replacement)
@@ -259,87 +259,72 @@ def with_penalty(value, q, side, knobs, name):
 
 
 BATCH = [
-    Mistake("no-shift",
-            "logits that were not shifted: column t scored on token t, where it predicts token t + 1",
-            around(predicting_logits=lambda logits: logits),
+    Mistake("no-shift", "logits that were not shifted: column t scored on token t, where it predicts token t "
+            "+ 1", around(predicting_logits=lambda logits: logits),
             "lucidrains/self-rewarding-lm-pytorch, self_rewarding_lm_pytorch/dpo.py, "
             "log_prob_from_model_and_seq"),
-    Mistake("mask-wrong-side",
-            "a mask sliced on the wrong side of the shift (mask[:, :-1] for mask[:, 1:]): the first "
-            "response token is lost, the one after the response scored",
+    Mistake("mask-wrong-side", "a mask sliced on the wrong side of the shift (mask[:, :-1] for mask[:, 1:]): "
+            "the first response token is lost, the one after the response scored",
             around(scored_tokens=lambda ids, mask: one_later(mask, False)),
             f"{X_TRANSFORMERS}:30-31 (corrected since)"),
-    Mistake("prompt-scored",
-            "the prompt's tokens counted with the response's",
+    Mistake("prompt-scored", "the prompt's tokens counted with the response's",
             around(scored_tokens=prompt_too)),
     Mistake("last-prompt-token-scored", "the last token of the prompt counted with the response's",
             around(scored_tokens=last_prompt_token_too)),
     Mistake("padding-scored", "the padding counted with the response", around(scored_tokens=padding_too)),
     Mistake("one-pad-scored", "one token after the end-of-text counted with the response",
             around(scored_tokens=lambda ids, mask: mask | one_later(mask, False))),
-    Mistake("end-of-text-not-scored",
-            "a response without its end-of-text, masked because it is also the padding id",
-            around(scored_tokens=without_end_of_text)),
+    Mistake("end-of-text-not-scored", "a response without its end-of-text, masked because it is also the "
+            "padding id", around(scored_tokens=without_end_of_text)),
     Mistake("id-0-not-scored", "a response without its tokens of id 0, an id like any other",
             around(scored_tokens=lambda ids, mask: mask & (ids != 0)), "xtuner 0.2.0"),
     Mistake("begin-of-text-scored", "a begin-of-text before the response counted with it",
             around(scored_tokens=begin_of_text_too), "google-tunix 0.1.7"),
-    Mistake("holes-scored", "all tokens from the response's first to its last, those between that are not scored too",
-            around(scored_tokens=between_too)),
+    Mistake("holes-scored", "all tokens from the response's first to its last, those between that are not "
+            "scored too", around(scored_tokens=between_too)),
     Mistake("left-padding-ignored", "a response looked up as if its row were not padded on the left",
             around(scored_tokens=counted_from_the_left)),
     Mistake("first-token-not-scored", "a response without its first token",
             around(scored_tokens=lambda ids, mask: mask & (mask.cumsum(1) > 1))),
     Mistake("kl-over-prompt", "a sequential KL that also runs over the prompt", around(kl_tokens=prompt_too)),
-    Mistake("kl-over-padding",
-            "a sequential KL that also runs over the padding",
+    Mistake("kl-over-padding", "a sequential KL that also runs over the padding",
             around(kl_tokens=padding_too)),
     Mistake("kl-without-end-of-text", "a sequential KL without the position that predicts end-of-text",
             around(kl_tokens=without_end_of_text)),
-    Mistake("kl-one-column-late",
-            "the KL of the logits in a token's own column: the column before predicts it",
-            around(position_kl=kl_one_column_late)),
-    Mistake("kl-on-the-label",
-            "the KL's term of the label token alone, q_y (log q_y - log s_y), instead of the sum over the "
-            "vocabulary",
-            label_kl(lambda q, s: q.exp() * (q - s))),
-    Mistake("kl-as-label-log-ratio",
-            "log q_y - log s_y of the label token, a one-sample estimate, instead of the KL",
-            label_kl(lambda q, s: q - s)),
-    Mistake("kl-k3",
-            "the k3 estimate on the label token, q_y/s_y - 1 - log(q_y/s_y), GRPO's, instead of the KL",
-            label_kl(lambda q, s: (q - s).exp() - 1 - (q - s))),
-    Mistake("kl-k3-forward",
-            "the k3 estimate on the label token, s_y/q_y - 1 - log(s_y/q_y), instead of the KL",
-            label_kl(lambda q, s: (s - q).exp() - 1 - (s - q))),
+    Mistake("kl-one-column-late", "the KL of the logits in a token's own column: the column before predicts "
+            "it", around(position_kl=kl_one_column_late)),
+    Mistake("kl-on-the-label", "the KL's term of the label token alone, q_y (log q_y - log s_y), instead of "
+            "the sum over the vocabulary", label_kl(lambda q, s: q.exp() * (q - s))),
+    Mistake("kl-as-label-log-ratio", "log q_y - log s_y of the label token, a one-sample estimate, instead "
+            "of the KL", label_kl(lambda q, s: q - s)),
+    Mistake("kl-k3", "the k3 estimate on the label token, q_y/s_y - 1 - log(q_y/s_y), GRPO's, instead of the "
+            "KL", label_kl(lambda q, s: (q - s).exp() - 1 - (q - s))),
+    Mistake("kl-k3-forward", "the k3 estimate on the label token, s_y/q_y - 1 - log(s_y/q_y), instead of the "
+            "KL", label_kl(lambda q, s: (s - q).exp() - 1 - (s - q))),
     Mistake("sft-term", "a loss plus -log pi(y_w|x), an SFT term with weight 1: the papers have none",
             sequence_loss(lambda call, q: call(q) - q["chosen_logps"])),
     Mistake("sft-term-per-token", "a loss plus the mean of -log pi over the chosen response's tokens",
             sequence_loss(lambda call, q: call(q) - q["chosen_logps"] / q["chosen_mask"].sum(1))),
-    Mistake("ld-dpo-policy-only",
-            "LD-DPO's weight on tokens beyond the shorter response (0.5) for the policy and not for the reference",
-            sequence_loss(policy_tail_halved), "LLaMA-Factory 0.9.5, ms-swift 4.6.0"),
+    Mistake("ld-dpo-policy-only", "LD-DPO's weight on tokens beyond the shorter response (0.5) for the "
+            "policy and not for the reference", sequence_loss(policy_tail_halved),
+            "LLaMA-Factory 0.9.5, ms-swift 4.6.0"),
     Mistake("reference-trained", "a reference that the step changed with the policy: it must stay as it was",
             around(reference_after_the_step=lambda policy, reference: policy)),
     Mistake("kl-mean-over-tokens", "a mean of the KL over the response: D_SeqKL is a sum",
             around(sequence_kl=mean_of_rows)),
     Mistake("mean-per-sequence", "a mean over the response's tokens under a sum's equation",
             around(sequence_sum=mean_of_rows), f"{NOTEBOOK}; {X_TRANSFORMERS}"),
-    Mistake("divided-by-pairs",
-            "gradients of the mean over the pairs; the golden ones are pair by pair: backward from "
-            "loss.sum()",
-            around(objective=lambda loss: loss.mean())),
-    Mistake("dpop-hinge-per-token",
-            "the hinge taken at every token and then summed (Eq. 3 takes it once, of the sequence)",
-            around(loss_value=dpop_per_token)),
-    Mistake("reward-includes-kl",
-            "a reward with beta D_SeqKL in it, as in TDPO's Theorem 4.5; golden's is beta log pi/pi_ref for all losses",
+    Mistake("divided-by-pairs", "gradients of the mean over the pairs; the golden ones are pair by pair: "
+            "backward from loss.sum()", around(objective=lambda loss: loss.mean())),
+    Mistake("dpop-hinge-per-token", "the hinge taken at every token and then summed (Eq. 3 takes it once, of "
+            "the sequence)", around(loss_value=dpop_per_token)),
+    Mistake("reward-includes-kl", "a reward with beta D_SeqKL in it, as in TDPO's Theorem 4.5; golden's is "
+            "beta log pi/pi_ref for all losses",
             reward(lambda value, q, side, knobs, name: value + knobs["beta"] * q[f"{side}_seq_kl"]),
             f"{TDPO_AUTHORS}, trainers.py, tdpo_loss", definition=True),
-    Mistake("reward-includes-penalty",
-            "a reward with DPOP's penalty in it, DPOP's own implicit reward; golden's is beta log pi/pi_ref for all "
-            "losses",
-            reward(with_penalty), "turbo-llm/turbo-alignment, turbo_alignment/trainers/dpo.py", definition=True),
+    Mistake("reward-includes-penalty", "a reward with DPOP's penalty in it, DPOP's own implicit reward; "
+            "golden's is beta log pi/pi_ref for all losses", reward(with_penalty),
+            "turbo-llm/turbo-alignment, turbo_alignment/trainers/dpo.py", definition=True),
     Mistake("reward-without-beta", "the log-ratio itself: the implicit reward is beta times it",
             reward(lambda value, q, side, knobs, name: value / knobs["beta"])),
     Mistake("reward-without-reference", "beta log pi: the implicit reward is relative to the reference",
@@ -348,23 +333,20 @@ BATCH = [
             around(token_segments=segments_from_row_start), "a third-party 2D-DPO"),
     Mistake("2d-boundary-twice", "segments read as closed intervals: the token on a boundary counts in both",
             around(segment_logps=boundary_counted_twice), "the upper limit as printed in arXiv:2410.19720"),
-    Mistake("2d-boundary-off-by-one",
-            "segments that start one token late: the first token of a segment in the one before",
-            around(token_segments=boundary_in_the_segment_before)),
+    Mistake("2d-boundary-off-by-one", "segments that start one token late: the first token of a segment in "
+            "the one before", around(token_segments=boundary_in_the_segment_before)),
     Mistake("2d-end-of-text-outside", "an end-of-text in no segment: it belongs to the last",
-            around(token_segments=lambda ids, segments, mask: torch.where(
-                without_end_of_text(ids, mask), segments, -1))),
+            around(token_segments=lambda ids, segments, mask: torch.where(without_end_of_text(ids, mask), segments, -1))),
     Mistake("2d-mean-per-segment", "a mean over the tokens of each segment: it is a sum",
             around(segment_logps=mean_per_segment)),
     Mistake("2d-raw-scores", "scores not divided by their aspect's maximum",
             each_side(lambda scores, aspect_max, present: scores)),
     Mistake("2d-one-maximum", "all scores divided by one maximum: each aspect has its own",
             each_side(lambda scores, aspect_max, present: scores / aspect_max.max())),
-    Mistake("2d-min-max-per-response",
-            "scores stretched to [0, 1] within each response: the maximum is that of the data",
-            each_side(min_max)),
-    Mistake("2d-maximum-of-the-batch", "scores divided by the largest of the batch: the maximum is that of the data",
-            around(normalised=maximum_of_the_batch)),
+    Mistake("2d-min-max-per-response", "scores stretched to [0, 1] within each response: the maximum is that "
+            "of the data", each_side(min_max)),
+    Mistake("2d-maximum-of-the-batch", "scores divided by the largest of the batch: the maximum is that of "
+            "the data", around(normalised=maximum_of_the_batch)),
 ]
 
 
@@ -415,15 +397,14 @@ LOGPS = [
             with_log_softmax(lambda x: (x.exp() / x.exp().sum(-1, keepdim=True)).log())),
     Mistake("log-softmax-floor", "a log-softmax with a floor 64 below the largest logit",
             with_log_softmax(with_floor), "paddle 3.3.1, F.log_softmax on a CPU"),
-    Mistake("kl-zero-times-infinity", "q (log q - log s) where q is 0, which is NaN: such a token adds 0 to the KL",
-            inside(token_kl=zero_times_infinity)),
-    Mistake("kl-clipped", "a KL of probabilities clipped to [1e-7, 1]",
-            inside(token_kl=clipped_kl), "keras 3.15.1, losses.KLDivergence"),
+    Mistake("kl-zero-times-infinity", "q (log q - log s) where q is 0, which is NaN: such a token adds 0 to "
+            "the KL", inside(token_kl=zero_times_infinity)),
+    Mistake("kl-clipped", "a KL of probabilities clipped to [1e-7, 1]", inside(token_kl=clipped_kl),
+            "keras 3.15.1, losses.KLDivergence"),
     Mistake("kl-top-10", "a KL over the reference's ten likeliest tokens alone",
             inside(token_kl=kl_of_the_top)),
     Mistake("base-2-log", "logarithms to the base 2: the unit is the nat",
-            inside(token_logps=lambda z, y: right.token_logps(z, y) / math.log(2),
-                   token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / math.log(2))),
+            inside(token_logps=lambda z, y: right.token_logps(z, y) / math.log(2), token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / math.log(2))),
     Mistake("logits-not-normalised", "the label's logit itself, without log_softmax",
             inside(token_logps=lambda z, y: right.token_logps(z, y) + z.logsumexp(-1))),
     Mistake("probability-for-logp", "probabilities where log-probabilities belong",
@@ -529,8 +510,8 @@ PAIRS = [
             detached(0, 1), "Goekdeniz-Guelmez/mlx-lm-lora until its pull request 25; mlxsmith 0.1.9, tdpo"),
     Mistake("chosen-gradient-stopped", "a log-probability of the chosen response that carries no gradient",
             detached(0)),
-    Mistake("rejected-gradient-stopped", "a log-probability of the rejected response that carries no gradient",
-            detached(1)),
+    Mistake("rejected-gradient-stopped", "a log-probability of the rejected response that carries no "
+            "gradient", detached(1)),
     Mistake("sigmoid-for-log-sigmoid", "-sigma(h): the loss is -log sigma(h)", logsigmoid(torch.sigmoid)),
     Mistake("minus-missing", "log sigma(h) without its minus sign", logsigmoid(lambda h: softplus(-h))),
     Mistake("margin-sign", "-log sigma(-h): the whole margin with the other sign", minus(softplus)),
@@ -538,12 +519,13 @@ PAIRS = [
             smoothing(0.1)),
     Mistake("robust", "robust DPO's loss at 0.1, (0.9 L(h) - 0.1 L(-h)) / 0.8: the papers have L(h)",
             minus(lambda h: (0.9 * softplus(-h) - 0.1 * softplus(h)) / 0.8)),
-    Mistake("log-of-sigmoid", "log(sigmoid(h)) or log(1 + exp(-h)), which lose what logsigmoid and softplus do not",
-            logsigmoid(lambda h: torch.sigmoid(h).log()), "mlxsmith 0.1.9"),
+    Mistake("log-of-sigmoid", "log(sigmoid(h)) or log(1 + exp(-h)), which lose what logsigmoid and softplus "
+            "do not", logsigmoid(lambda h: torch.sigmoid(h).log()), "mlxsmith 0.1.9"),
     Mistake("hinge-for-log-sigmoid", "max(0, -h), the log-sigmoid's asymptote", minus(lambda h: hinge(-h))),
     Mistake("hinge-loss", "the hinge loss max(0, 1 - h): the loss is -log sigma(h)",
             minus(lambda h: hinge(1 - h)), "loss type hinge of TRL, xtuner, Liger-Kernel"),
-    Mistake("ipo", "IPO's loss, (log-ratio - 1/(2 beta))^2", inside(dpo_loss=ipo), "loss type ipo of TRL and others"),
+    Mistake("ipo", "IPO's loss, (log-ratio - 1/(2 beta))^2", inside(dpo_loss=ipo),
+            "loss type ipo of TRL and others"),
     Mistake("margin-ranking", "a margin ranking loss, max(0, 1 - (z_w - z_l)), on the labels' logits",
             inside(token_logps=label_logits, dpo_loss=margin_ranking), "nanodpo 0.1.post1"),
 ]
@@ -568,45 +550,38 @@ DPOP = [
     Mistake("dpop-hinge-outside-log-sigmoid", "the hinge added outside the log-sigmoid (Eq. 3 has it inside)",
             dpop(lambda p: nls(p.h) + p.lam * p.hinge),
             f"a Paddle dpo_criterion.py, early version; {MLX}; abacusai/smaug, issue 2"),
-    Mistake("dpop-hinge-outside-times-50",
-            "50 times the hinge added outside the log-sigmoid, whatever lam is (Eq. 3 has lam inside)",
-            dpop(lambda p: nls(p.h) + 50 * p.hinge), "MLX trainers that have delta = 50 as a constant"),
-    Mistake("dpop-hinge-outside-with-beta",
-            "beta times the hinge added outside the log-sigmoid (Eq. 3 has it inside)",
-            dpop(lambda p: nls(p.h) + p.bl * p.hinge)),
-    Mistake("dpop-hinge-subtracted-outside",
-            "the hinge subtracted from the loss, outside the log-sigmoid: it rewards losing chosen "
-            "probability",
-            dpop(lambda p: nls(p.h) - p.lam * p.hinge),
+    Mistake("dpop-hinge-outside-times-50", "50 times the hinge added outside the log-sigmoid, whatever lam "
+            "is (Eq. 3 has lam inside)", dpop(lambda p: nls(p.h) + 50 * p.hinge),
+            "MLX trainers that have delta = 50 as a constant"),
+    Mistake("dpop-hinge-outside-with-beta", "beta times the hinge added outside the log-sigmoid (Eq. 3 has "
+            "it inside)", dpop(lambda p: nls(p.h) + p.bl * p.hinge)),
+    Mistake("dpop-hinge-subtracted-outside", "the hinge subtracted from the loss, outside the log-sigmoid: "
+            "it rewards losing chosen probability", dpop(lambda p: nls(p.h) - p.lam * p.hinge),
             "hiyouga/LLaMA-Factory, issue 2587; a LLaMA2-Accessory fork, class DPOModel"),
-    Mistake("dpop-ratio-hinge-outside",
-            "lam max(0, 1 - pi/pi_ref) added outside the log-sigmoid: the hinge is on the log-ratio, inside",
-            dpop(lambda p: nls(p.h) + p.lam * hinge(1 - p.c_w.exp()))),
+    Mistake("dpop-ratio-hinge-outside", "lam max(0, 1 - pi/pi_ref) added outside the log-sigmoid: the hinge "
+            "is on the log-ratio, inside", dpop(lambda p: nls(p.h) + p.lam * hinge(1 - p.c_w.exp()))),
     Mistake("dpop-hinge-sign", "the hinge with the wrong sign: it rewards losing chosen probability",
             dpop(lambda p: nls(p.h + p.bl * p.hinge))),
-    Mistake("dpop-hinge-on-gain",
-            "the hinge max(0, log pi/pi_ref), turned round: it punishes gaining chosen probability",
-            dpop(lambda p: nls(p.h - p.bl * hinge(p.c_w)))),
+    Mistake("dpop-hinge-on-gain", "the hinge max(0, log pi/pi_ref), turned round: it punishes gaining chosen "
+            "probability", dpop(lambda p: nls(p.h - p.bl * hinge(p.c_w)))),
     Mistake("dpop-hinge-on-rejected", "the hinge on the rejected response (Eq. 3 has it on the chosen one)",
             dpop(lambda p: nls(p.h - p.bl * hinge(-p.c_l)))),
-    Mistake("dpop-hinge-on-the-pair",
-            "the hinge max(0, log pi(y_l) - log pi(y_w)): Eq. 3 compares the policy with the reference",
-            dpop(lambda p: nls(p.h - p.bl * hinge(-p.win))),
+    Mistake("dpop-hinge-on-the-pair", "the hinge max(0, log pi(y_l) - log pi(y_w)): Eq. 3 compares the "
+            "policy with the reference", dpop(lambda p: nls(p.h - p.bl * hinge(-p.win))),
             "a LLaMA-Factory fork with a loss for puns, dpop_loss"),
-    Mistake("dpop-hinge-on-the-pair-outside",
-            "lam max(0, log pi(y_l) - log pi(y_w)) added outside the log-sigmoid",
-            dpop(lambda p: nls(p.h) + p.lam * hinge(-p.win))),
+    Mistake("dpop-hinge-on-the-pair-outside", "lam max(0, log pi(y_l) - log pi(y_w)) added outside the "
+            "log-sigmoid", dpop(lambda p: nls(p.h) + p.lam * hinge(-p.win))),
     Mistake("dpop-hinge-missing", "DPO: lam is not read", dpop(lambda p: nls(p.h))),
     Mistake("dpop-no-hinge", "lam log pi_ref/pi without max(0, .): it acts above the reference too",
             dpop(lambda p: nls(p.h + p.bl * p.c_w))),
-    Mistake("dpop-slope-1-at-zero", "a hinge whose slope at 0 is 1: the first step is then not DPO's (with 0 it is)",
-            dpop(lambda p: nls(p.h - p.bl * torch.where(p.c_w <= 0, -p.c_w, 0.0))),
+    Mistake("dpop-slope-1-at-zero", "a hinge whose slope at 0 is 1: the first step is then not DPO's (with 0 "
+            "it is)", dpop(lambda p: nls(p.h - p.bl * torch.where(p.c_w <= 0, -p.c_w, 0.0))),
             "Cerebras/modelzoo, losses/DPOLoss.py; paddleformers 1.2.0"),
-    Mistake("dpop-slope-half-at-zero",
-            "a hinge whose slope at 0 is 1/2: the first step is then not DPO's (with slope 0 it is)",
+    Mistake("dpop-slope-half-at-zero", "a hinge whose slope at 0 is 1/2: the first step is then not DPO's "
+            "(with slope 0 it is)",
             dpop(lambda p: nls(p.h - p.bl * torch.where(p.c_w == 0, -p.c_w / 2, p.hinge)))),
-    Mistake("dpop-softplus-for-hinge", "log(1 + exp(x)) in the place of max(0, x): it acts above the reference too",
-            dpop(lambda p: nls(p.h - p.bl * softplus(-p.c_w)))),
+    Mistake("dpop-softplus-for-hinge", "log(1 + exp(x)) in the place of max(0, x): it acts above the "
+            "reference too", dpop(lambda p: nls(p.h - p.bl * softplus(-p.c_w)))),
     Mistake("dpop-lam-50", "lam 50, the paper's, whatever lam is given",
             dpop(lambda p: nls(p.h - 50 * p.beta * p.hinge))),
     Mistake("dpop-hinge-on-both", "a hinge on each response (Eq. 3 has one, on the chosen response)",
@@ -645,8 +620,10 @@ TDPO = [
             delta(lambda k_w, k_l, b: k_w - k_l)),
     Mistake("tdpo-kl-added", "the sum of the two KLs: delta is their difference, K_l - K_w",
             delta(lambda k_w, k_l, b: k_w + k_l)),
-    Mistake("tdpo-delta-absolute", "|delta| in the place of delta", delta(lambda k_w, k_l, b: (k_l - k_w) * sg(k_l - k_w).sign())),
-    Mistake("tdpo-delta-clipped", "max(0, delta) in the place of delta", delta(lambda k_w, k_l, b: hinge(k_l - k_w))),
+    Mistake("tdpo-delta-absolute", "|delta| in the place of delta",
+            delta(lambda k_w, k_l, b: (k_l - k_w) * sg(k_l - k_w).sign())),
+    Mistake("tdpo-delta-clipped", "max(0, delta) in the place of delta",
+            delta(lambda k_w, k_l, b: hinge(k_l - k_w))),
     Mistake("tdpo-kl-without-beta", "a delta without beta: beta multiplies the KLs too",
             delta(lambda k_w, k_l, b: (k_l - k_w) / b)),
     Mistake("tdpo-kl-missing", "DPO: the KLs are not read", delta(lambda k_w, k_l, b: 0 * (k_l + k_w))),
@@ -657,16 +634,14 @@ TDPO = [
             tdpo1(lambda u, k_w, k_l, a, b: u - a * (k_l - sg(k_w)))),
     Mistake("tdpo1-with-alpha", "alpha (0.5) times delta: TDPO1 has no alpha",
             tdpo1(lambda u, k_w, k_l, a, b: u - a * (k_l - k_w))),
-    Mistake("tdpo1-stop-gradient-on-chosen",
-            "a stop-gradient on the chosen KL: that is TDPO2's, TDPO1 has none",
-            tdpo1(lambda u, k_w, k_l, a, b: u - (k_l - sg(k_w)))),
+    Mistake("tdpo1-stop-gradient-on-chosen", "a stop-gradient on the chosen KL: that is TDPO2's, TDPO1 has "
+            "none", tdpo1(lambda u, k_w, k_l, a, b: u - (k_l - sg(k_w)))),
     Mistake("tdpo1-stop-gradient-on-both", "a stop-gradient on both KLs: TDPO1 has none",
             tdpo1(lambda u, k_w, k_l, a, b: u - sg(k_l - k_w) + 0 * (k_l + k_w))),
     Mistake("tdpo2-stop-gradient-missing", "TDPO2 without its stop-gradient on the chosen KL",
             tdpo2(lambda u, k_w, k_l, a, b: u - a * (k_l - k_w))),
-    Mistake("tdpo2-stop-gradient-wrong-side",
-            "the stop-gradient on the rejected KL: it belongs to the chosen one",
-            tdpo2(lambda u, k_w, k_l, a, b: u - a * (sg(k_l) - k_w))),
+    Mistake("tdpo2-stop-gradient-wrong-side", "the stop-gradient on the rejected KL: it belongs to the "
+            "chosen one", tdpo2(lambda u, k_w, k_l, a, b: u - a * (sg(k_l) - k_w))),
     Mistake("tdpo2-stop-gradient-on-both", "the stop-gradient on both KLs: it belongs to the chosen one only",
             tdpo2(lambda u, k_w, k_l, a, b: u - a * sg(k_l - k_w) + 0 * k_l)),
     Mistake("tdpo2-alpha-on-rejected-only", "alpha on the rejected KL only: it multiplies both",
@@ -800,28 +775,23 @@ TWO_D = [
     Mistake("2d-rewards-from-minus-1", "rewards stretched to [-1, 1] (2r - 1): they stay in [0, 1]",
             each(lambda r, m: 2 * r - 1)),
     Mistake("2d-one-minus-r", "1 - r as the weight of rejected segments: both sides have r",
-            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_vanilla_loss",))
-            | group(weights=lambda r_w, r_l: (r_w, 1 - r_l))),
-    Mistake("2d-one-minus-r-selected",
-            "1 - r as the reward of rejected segments, so that the best are selected",
-            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_loss",))),
-    Mistake("2d-vanilla-reward-sign",
-            "r_l log pi/pi_ref added inside the log-sigmoid: the equation subtracts it",
-            rewards(lambda r_w, r_l, m_w, m_l: (r_w, -r_l), ("dpo2d_vanilla_loss",))),
+            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_vanilla_loss",)) | group(weights=lambda r_w, r_l: (r_w, 1 - r_l))),
+    Mistake("2d-one-minus-r-selected", "1 - r as the reward of rejected segments, so that the best are "
+            "selected", rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_loss",))),
+    Mistake("2d-vanilla-reward-sign", "r_l log pi/pi_ref added inside the log-sigmoid: the equation "
+            "subtracts it", rewards(lambda r_w, r_l, m_w, m_l: (r_w, -r_l), ("dpo2d_vanilla_loss",))),
     Mistake("2d-reward-sign", "r_l log pi/pi_ref added inside the log-sigmoid: Eq. 6 subtracts it",
             group(margin=lambda a, b: a + b)),
     Mistake("2d-vanilla-reward-on-policy-only", "rewards on log pi alone: they weigh log pi/pi_ref",
             calls(("dpo2d_vanilla_loss",), reward_on_policy_only)),
     Mistake("2d-vanilla-mean", "a mean over the segments: the equation sums them",
             each(lambda r, m: r / m.sum(-1, keepdim=True), ("dpo2d_vanilla_loss",))),
-    Mistake("2d-vanilla-is-group",
-            "Eq. 6, one log-sigmoid for each pair of segments, where the vanilla form has one for all",
-            inside(dpo2d_vanilla_loss=right.dpo2d_loss)),
+    Mistake("2d-vanilla-is-group", "Eq. 6, one log-sigmoid for each pair of segments, where the vanilla form "
+            "has one for all", inside(dpo2d_vanilla_loss=right.dpo2d_loss)),
     Mistake("2d-group-is-vanilla", "the vanilla form, one log-sigmoid for all segments",
             inside(dpo2d_loss=right.dpo2d_vanilla_loss)),
-    Mistake("2d-one-log-sigmoid",
-            "the selected segments summed inside one log-sigmoid: Eq. 6 has one for each pair",
-            group(combine=lambda h, paired: nls(h.sum(-1)))),
+    Mistake("2d-one-log-sigmoid", "the selected segments summed inside one log-sigmoid: Eq. 6 has one for "
+            "each pair", group(combine=lambda h, paired: nls(h.sum(-1)))),
     Mistake("2d-one-over-n", "a mean over the N pairs of segments: Eq. 6 sums, without 1/N",
             group(combine=lambda h, paired: pair_sum(h, paired) / paired.sum(-1))),
     Mistake("2d-all-pairs", "every chosen segment against every rejected one: Eq. 6 has N pairs",
@@ -832,30 +802,24 @@ TWO_D = [
             selection(key_w=rank)),
     Mistake("2d-text-order", "segments paired in the order of the text, without selection",
             selection(torch.zeros_like, torch.zeros_like)),
-    Mistake("2d-ties-reversed",
-            "equal rewards in the reverse order of the text",
+    Mistake("2d-ties-reversed", "equal rewards in the reverse order of the text",
             selection(reverse_ties=True)),
-    Mistake("2d-unrounded-ties",
-            "a sort of rewards that were not rounded: equal ones differ in the last bit and leave the order "
-            "of the text",
-            selection(lambda r: -r, lambda r: r), "nachiketapatil/Robust-2D-DPO, 2ddpo.py, preference_loss"),
-    Mistake("2d-ties-on-a-grid",
-            "a sort of rewards rounded to 1e-5: equal ones on both sides of a rounding boundary leave the order",
-            selection(lambda r: -(r * 1e5).round(), lambda r: (r * 1e5).round()), "termwise until November 2026"),
-    Mistake("2d-selected-in-text-order",
-            "the selected segments paired in the order of the text: the best meets the worst, and so on",
-            selected(in_text_order)),
-    Mistake("2d-worst-last",
-            "the best chosen segment against the least bad of the N selected: it meets the worst",
-            selected(worst_last)),
+    Mistake("2d-unrounded-ties", "a sort of rewards that were not rounded: equal ones differ in the last bit "
+            "and leave the order of the text", selection(lambda r: -r, lambda r: r),
+            "nachiketapatil/Robust-2D-DPO, 2ddpo.py, preference_loss"),
+    Mistake("2d-ties-on-a-grid", "a sort of rewards rounded to 1e-5: equal ones on both sides of a rounding "
+            "boundary leave the order", selection(lambda r: -(r * 1e5).round(), lambda r: (r * 1e5).round()),
+            "termwise until November 2026"),
+    Mistake("2d-selected-in-text-order", "the selected segments paired in the order of the text: the best "
+            "meets the worst, and so on", selected(in_text_order)),
+    Mistake("2d-worst-last", "the best chosen segment against the least bad of the N selected: it meets the "
+            "worst", selected(worst_last)),
     Mistake("2d-padding-segments", "absent segments counted as pairs: N is the padded number",
             selected(lambda i_w, i_l, paired: (i_w, i_l, torch.ones_like(paired)))),
-    Mistake("2d-n-of-batch",
-            "one N for the batch: it is min(S_w, S_l) of each pair",
+    Mistake("2d-n-of-batch", "one N for the batch: it is min(S_w, S_l) of each pair",
             selected(n_of_the_batch)),
-    Mistake("2d-unselected-leak",
-            "segments that were not selected entering the loss alone: they have no part in it",
-            inside(dpo2d_loss=leftovers_alone)),
+    Mistake("2d-unselected-leak", "segments that were not selected entering the loss alone: they have no "
+            "part in it", inside(dpo2d_loss=leftovers_alone)),
 ]
 
 MISTAKES = [*BATCH, *LOGPS, *PAIRS, *DPOP, *TDPO, *TWO_D]

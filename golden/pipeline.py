@@ -127,7 +127,7 @@ def model_of(weights):
     """The GPT with these parameters, by name."""
     layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
     (vocab_size, n_embd), block_size = weights["wte.weight"].shape, len(weights["wpe.weight"])
-    with torch.device("meta"):                                   # draws no random numbers
+    with torch.random.fork_rng(devices=[]):                      # the random numbers of its start are not used
         gpt = GPT(GPTConfig(vocab_size, block_size, len(layers), N_HEAD, n_embd))
     gpt.load_state_dict(weights, assign=True)
     return gpt

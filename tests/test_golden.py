@@ -94,13 +94,13 @@ def picks(chosen, rejected, digits=5):
 select = picks(falling, rising)
 
 
-def gpt_logits(weights, ids):
-    """GPT-2 from its matrices, by name, stored (out, in): (B, T) -> (B, T, V)."""
+def gpt_logits(weights, ids, xp=np):
+    """GPT-2 from its matrices, by name, stored (out, in): (B, T) -> (B, T, V). xp: numpy, or a library like it."""
     T, C = ids.shape[1], weights["wte.weight"].shape[1]
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+        x = x / xp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
         return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     def linear(x, name):
@@ -111,14 +111,15 @@ def gpt_logits(weights, ids):
 
     x = weights["wte.weight"][ids] + weights["wpe.weight"][:T]
     for block in sorted({name[:3] for name in weights if name.startswith("h.")}):
-        qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
-        q, k, v = map(heads, np.split(qkv, 3, -1))
-        scores = q @ k.swapaxes(2, 3) / np.sqrt(C / pipeline.N_HEAD)
-        scores = np.where(np.tri(T, dtype=bool), scores, -1e9)   # causal
-        y = (softmax(scores) @ v).swapaxes(1, 2).reshape(x.shape)
+        y = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
+        q, k, v = (heads(y[..., i * C:(i + 1) * C]) for i in range(3))
+        scores = q @ k.swapaxes(2, 3) / (C / pipeline.N_HEAD) ** 0.5
+        scores = xp.where(xp.tril(xp.ones((T, T))) > 0, scores, -1e9)  # causal
+        scores = xp.e ** (scores - scores.real.max(-1, keepdims=True))
+        y = (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(x.shape)
         x = x + linear(y, f"{block}.attn.c_proj")
         y = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
-        y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y ** 3)))
+        y = 0.5 * y * (1 + xp.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y * y * y)))
         x = x + linear(y, f"{block}.mlp.c_proj")
     return norm(x, "ln_f") @ weights["wte.weight"].T
 
