@@ -280,7 +280,7 @@ def kept(regime, name):
         return True
     if name.endswith("_logits"):
         return name.split("/")[0] in REGIMES[regime]["lean"]
-    return not (regime == "thousands" and "_token_" in name)
+    return regime != "thousands" or "_token_" not in name and name not in ("chosen_seq_kl", "rejected_seq_kl")
 
 
 def make_vectors():

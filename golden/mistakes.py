@@ -212,11 +212,6 @@ def maximum_of_the_batch(scores, aspect_max, present):
     return {side: x / top for side, x in scores.items()}
 
 
-def mean_per_segment(token_logps, segments, num):
-    count = stage.segment_logps((segments >= 0).to(token_logps.dtype), segments, num)
-    return stage.segment_logps(token_logps, segments, num) / count.clamp(min=1)
-
-
 def sequence_loss(change):
     """A loss without segments changed around its call: change(call, q) -> loss, where call(q) is the loss."""
     def make(call):
@@ -337,8 +332,6 @@ BATCH = [
             "the one before", around(token_segments=boundary_in_the_segment_before)),
     Mistake("2d-end-of-text-outside", "an end-of-text in no segment: it belongs to the last",
             around(token_segments=lambda ids, segments, mask: torch.where(without_end_of_text(ids, mask), segments, -1))),
-    Mistake("2d-mean-per-segment", "a mean over the tokens of each segment: it is a sum",
-            around(segment_logps=mean_per_segment)),
     Mistake("2d-raw-scores", "scores not divided by their aspect's maximum",
             each_side(lambda scores, aspect_max, present: scores)),
     Mistake("2d-one-maximum", "all scores divided by one maximum: each aspect has its own",
@@ -385,8 +378,8 @@ def zero_times_infinity(z_ref, z):
 
 
 def clipped_kl(z_ref, z):
-    q, s_ = (x.softmax(-1).clip(1e-7, 1) for x in (z_ref, z))
-    return (q * (q / s_).log()).sum(-1)
+    q, p = (torch.where(x.softmax(-1) < 1e-7, 1e-7, x.softmax(-1)) for x in (z_ref, z))
+    return (q * (q / p).log()).sum(-1)
 
 
 LOGPS = [
@@ -415,7 +408,7 @@ LOGPS = [
     Mistake("kl-mean-over-vocabulary", "a mean over the vocabulary (F.kl_div's default): the KL is a sum",
             inside(token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / z.shape[-1])),
     Mistake("kl-gradient-stopped", "a KL computed without gradient, as if the reference's no_grad covered it",
-            inside(token_kl=lambda z_ref, z: sg(right.token_kl(z_ref, z)) + 0 * z.sum(-1))),
+            inside(token_kl=lambda z_ref, z: sg(right.token_kl(z_ref, z)) + 0 * z[..., 0])),
     Mistake("mean-for-sum", "means over tokens, per sequence and per segment, under a sum's equation",
             inside(segment_sum=mean_of_rows), f"{NOTEBOOK}; TRL's description of logps/chosen"),
 ]
@@ -477,10 +470,6 @@ def smoothing(epsilon):
     return minus(lambda h: (1 - epsilon) * softplus(-h) + epsilon * softplus(h))
 
 
-def ipo(w, l_, ref_w, ref_l, *, beta=0.1):
-    return (w - ref_w - (l_ - ref_l) - 1 / (2 * beta)) ** 2
-
-
 def margin_ranking(w, l_, ref_w, ref_l, *, beta=0.1):
     return hinge(1 - (w - l_))
 
@@ -524,8 +513,6 @@ PAIRS = [
     Mistake("hinge-for-log-sigmoid", "max(0, -h), the log-sigmoid's asymptote", minus(lambda h: hinge(-h))),
     Mistake("hinge-loss", "the hinge loss max(0, 1 - h): the loss is -log sigma(h)",
             minus(lambda h: hinge(1 - h)), "loss type hinge of TRL, xtuner, Liger-Kernel"),
-    Mistake("ipo", "IPO's loss, (log-ratio - 1/(2 beta))^2", inside(dpo_loss=ipo),
-            "loss type ipo of TRL and others"),
     Mistake("margin-ranking", "a margin ranking loss, max(0, 1 - (z_w - z_l)), on the labels' logits",
             inside(token_logps=label_logits, dpo_loss=margin_ranking), "nanodpo 0.1.post1"),
 ]

@@ -6,14 +6,43 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_golden import gpt_logits
 
-from golden import check, make
+from golden import check, make, pipeline
 
 GOLDEN = load_file(make.HERE / "vectors.safetensors")
 KNOBS = json.loads((make.HERE / "vectors.json").read_text())["losses"]
 REGIMES = list(make.REGIMES)
 SIDES = ("chosen", "rejected")
+
+
+def gpt_logits(weights, ids, xp):
+    """GPT-2 from its matrices, by name, stored (out, in): (B, T) -> (B, T, V). xp: a library like NumPy."""
+    T, C = ids.shape[1], weights["wte.weight"].shape[1]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / xp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def heads(x):                                                # (B, T, C) -> (B, H, T, D)
+        return x.reshape(*x.shape[:2], pipeline.N_HEAD, -1).swapaxes(1, 2)
+
+    x = weights["wte.weight"][ids] + weights["wpe.weight"][:T]
+    for block in sorted({name[:3] for name in weights if name.startswith("h.")}):
+        y = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
+        q, k, v = (heads(y[..., i * C:(i + 1) * C]) for i in range(3))
+        scores = q @ k.swapaxes(2, 3) / (C / pipeline.N_HEAD) ** 0.5
+        scores = xp.where(xp.tril(xp.ones((T, T))) > 0, scores, -1e9)  # causal
+        scores = xp.e ** (scores - scores.real.max(-1, keepdims=True))
+        y = (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(x.shape)
+        x = x + linear(y, f"{block}.attn.c_proj")
+        y = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        y = 0.5 * y * (1 + xp.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y * y * y)))
+        x = x + linear(y, f"{block}.mlp.c_proj")
+    return norm(x, "ln_f") @ weights["wte.weight"].T
 
 
 def results(port, xp, grad, x):
