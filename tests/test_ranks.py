@@ -4,7 +4,6 @@ torchrun starts this file as a script in two ranks, once: they train RUNS in tur
 """
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from test_train import arguments, make_records, save_model, write_lines
 import train
 from plumbing import folder as run_folder
 from plumbing import ranks
-from plumbing.errors import ConfigError, RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED = {"pairs_per_s", "tokens_per_s", "peak_memory"}  # what may differ between runs
@@ -160,38 +158,6 @@ def test_bad_input_is_one_line_once_and_a_rank_that_dies_ends_the_run_with_its_l
     assert run_folder.read_run("lost/run")["saved"] == 1
     train.main("--resume --out_dir lost/run".split())
     assert run_folder.read_run("lost/run")["finished"] == 3
-
-
-# ---- In one process ----
-
-
-def test_where_rank_0_fails_the_others_stop_too(monkeypatch):
-    def refuse():
-        raise ConfigError("no")
-    assert ranks.on_main(lambda x: x + 1, 2) == 3
-    with pytest.raises(ConfigError, match="no"):
-        ranks.on_main(refuse)
-    monkeypatch.setattr(ranks, "rank", lambda: 1)
-    assert ranks.on_main(refuse) is None  # not called here
-    monkeypatch.setattr(ranks, "any_of", lambda value: True)
-    with pytest.raises(RunError, match="rank 0 has stopped the run"):
-        ranks.on_main(refuse)
-
-
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_shares_cover_each_step_once_in_equally_many_micro_batches(monkeypatch, world):
-    """Each pair has weight 1 on one rank; all ranks communicate equally often."""
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    for n, size in ((n, size) for n in range(1, 12) for size in (1, 2, 3)):
-        counts, seen = set(), []
-        for rank in range(world):
-            monkeypatch.setenv("RANK", str(rank))
-            own = ranks.share(np.arange(n)[::-1], lambda order, size=size: [
-                order[i:i + size] for i in range(0, len(order), size)])
-            counts.add(len(own))
-            seen += [i for micro, weight in own for i in micro if weight]
-            assert all(0 < len(micro) <= size for micro, _ in own)
-        assert counts == {math.ceil(math.ceil(n / world) / size)} and sorted(seen) == list(range(n))
 
 
 if __name__ == "__main__":

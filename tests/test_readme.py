@@ -55,7 +55,7 @@ def test_the_links_of_the_pages_resolve():
 
 def test_the_commands_of_the_pages_are_read_and_their_flags_exist():
     """Those of train.py by its own parser; of every flag on any page that some program has it."""
-    commands = [words for text in PAGES.values() for words in re.findall(r"python train\.py([^`\n|#]*)", text)]
+    commands = [x for text in PAGES.values() for x in re.findall(r"python train\.py([^`\n|#]*)", text)]
     assert len(commands) >= 3
     for command in commands:
         words = shlex.split(command.partition("&&")[0].replace("…", "").replace("...", ""))
