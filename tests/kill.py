@@ -101,8 +101,7 @@ def run(place, fault=None):
         traceback.print_exc()
     finally:
         if fault and not fault.at:
-            with open("events", "w") as f:
-                f.write(str(fault.count))
+            Path("events").write_text(str(fault.count))  # read before this file is opened
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
