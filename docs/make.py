@@ -59,6 +59,10 @@ a shared prefix back to the reference.""",
     "2d-dpo-vanilla": """A segment has its reward’s share of the push. With all rewards 1 it is DPO.""",
     "2d-dpo": """Each pair of segments has its own h and g. A segment not selected gets no gradient.""",
 }
+TITLES = {"dpo": "DPO", "dpop": "DPOP", "tdpo1": "TDPO1", "tdpo2": "TDPO2", "2d-dpo": "2D-DPO",
+          "2d-dpo-vanilla": "2D-DPO vanilla"}
+NEEDS = {"ref_rejected_logps": "nothing", "rejected_mask": r"a reward $r_k=W\tilde r_k$ for each segment",
+         "chosen_seq_kl": r"$K=\sum_t\mathrm{KL}(\pi_{\rm ref}\Vert\pi_\theta)$ over the whole vocabulary"}
 FIGURES = {
     "frontier": """True reward against KL from the reference, on toy reviews whose reward is known: what every
 loss reaches, and dotted Eq. 4 of the DPO paper on samples of each reference.""",
@@ -94,16 +98,14 @@ def prose(markdown):
 
 
 def table():
-    """The rows of README's table by the name of the loss: its cells."""
-    rows = {}
+    """The rows of README's table by the name of the loss: (equation, paper)."""
+    rows, link = {}, ""
     functions = {f.__name__: name for name, f in losses.LOSSES.items()}
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        found = re.search(r"\[`(\w+)`\]\(losses\.py\)", line)
-        if found and len(cells) == 6 and found[1] in functions:
-            if cells[4] == "the same":                              # as the row above
-                cells[4] = list(rows.values())[-1][4]
-            rows[functions[found[1]]] = cells
+        if len(cells) == 3 and cells[0].strip("`") in functions:
+            link = link if cells[2].startswith("the same") else cells[2].partition(",")[0]
+            rows[functions[cells[0].strip("`")]] = cells[1], cells[2].replace("the same", link)
     if rows.keys() != losses.LOSSES.keys() - {"sft"}:
         raise SystemExit(f"README.md: its table of losses has {', '.join(rows) or 'no row'}; losses.py has "
                          f"{', '.join(losses.LOSSES)}")
@@ -165,10 +167,12 @@ def departures(name):
     return [html.escape(item, quote=False) for item in found] or ["None."]
 
 
-def section(name, cells, golden):
+def section(name, row, golden):
     """The part of the page about one loss."""
     function, lines = losses.LOSSES[name], statements(losses.LOSSES[name])
-    _, latex, rest = cells[1].split("$", 2)
+    (formula, paper), terms = row, losses.terms_of(function)
+    _, latex, rest = formula.split("$", 2)
+    needs = NEEDS["chosen_seq_kl" if "chosen_seq_kl" in terms else terms[-1]]
     tests = re.findall(r"^def (test_\w+)", (ROOT / "tests/test_losses.py").read_text(encoding="utf-8"), re.M)
     tests = [test for test in tests if re.search(TESTS[name], test)]
     title, _, source = function.__doc__.split("\n\n")[0].partition(",")
@@ -178,12 +182,12 @@ def section(name, cells, golden):
     gradients = [math(rf"\frac{{\partial L}}{{\partial {x}}}={{{gradient}}}", "block")
                  for x, gradient in zip(at, GRADIENTS[name], strict=True)]
     return f"""<section class="loss loss-{name}" id="{name}" aria-labelledby="{name}-title">
-<header><h3 id="{name}-title">{cells[0]}</h3>
-<p>{html.escape(title)}<br><span>{prose(cells[3])}</span></p></header>
+<header><h3 id="{name}-title">{TITLES[name]}</h3>
+<p>{html.escape(title)}<br><span>{prose(paper)}</span></p></header>
 <div class="beside"><div>
 <div class="equation">{equation(latex, name, lines)}<p>{prose(rest.lstrip(', '))}</p></div>
 <p>{REMARKS[name]}</p>
-<dl><dt>Needs beyond log-probabilities</dt><dd>{prose(cells[4])}</dd>
+<dl><dt>Needs beyond log-probabilities</dt><dd>{prose(needs)}</dd>
 <dt>Gradient (in log π{fixed}; in the logits)</dt><dd><ul class="gradients">{items(gradients)}</ul></dd>
 <dt>Departures from the paper</dt><dd><ul>{items(departures(name))}</ul></dd></dl></div>
 <div class="code" role="group" aria-label="{function.__name__} in losses.py">
@@ -201,9 +205,9 @@ def page():
     rows, golden = table(), load_file(ROOT / "golden/vectors.safetensors")
     bars = "".join(f'<td class="push {x}"><i></i><span></span></td>' * 5 for x in ("chosen", "rejected"))
     results = "\n".join(
-        f'<tr id="row-{name}" class="loss-{name}"><th scope="row"><a href="#{name}">{cells[0]}</a></th>'
-        f'<td class="h"></td><td class="l"></td>{bars}</tr>' for name, cells in rows.items())
-    links = "".join(f'<a href="#{name}" class="loss-{name}">{cells[0]}</a>' for name, cells in rows.items())
+        f'<tr id="row-{name}" class="loss-{name}"><th scope="row"><a href="#{name}">{TITLES[name]}</a></th>'
+        f'<td class="h"></td><td class="l"></td>{bars}</tr>' for name in rows)
+    links = "".join(f'<a href="#{name}" class="loss-{name}">{TITLES[name]}</a>' for name in rows)
     figures = "".join(
         f'<figure><img alt="" src="data:image/png;base64,'
         f'{base64.b64encode((ROOT / f"experiments/figures/{name}.png").read_bytes()).decode()}">'
@@ -211,7 +215,7 @@ def page():
     tokens = "".join(f'<th scope="col" data-token="{i}"></th>' for i in (0, 1, 2, 3, 4, 0, 1, 5, 6, 7))
     parts = {"tokens": tokens, "results": results, "figures": figures,
              "nav": links,
-             "losses": "\n".join(section(name, cells, golden) for name, cells in rows.items()),
+             "losses": "\n".join(section(name, row, golden) for name, row in rows.items()),
              "port": (HERE / "port.js").read_text(encoding="utf-8"),
              "page": (HERE / "page.js").read_text(encoding="utf-8")}
     text = (HERE / "template.html").read_text(encoding="utf-8")

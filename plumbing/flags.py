@@ -220,7 +220,7 @@ def for_machine(cfg, vocab_size):
     kind, large = torch.device(cfg.device).type, vocab_size > 10_000
     cuda, why_not = kind == "cuda", machine.cannot_compile() if large else None
     if cuda and why_not and cfg.compile is None:
-        report.say(f"torch.compile is off: {why_not} on this machine")
+        report.say(f"torch.compile is off: no {why_not} on this machine")
     pays = large and not why_not and kind in ("cpu", "cuda") and ranks.world() == 1
     values = {"dtype": "bfloat16" if cuda else "float32", "compile": pays and cuda,
               "compile_head": pays if cfg.compile is None else cfg.compile,

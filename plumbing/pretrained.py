@@ -110,10 +110,13 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
     with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
         model = cls(config, vocab_multiple)
     code = fingerprint(cls, config)
+    if not is_equal(code, load_config(folder).get("fingerprint", GPT2)):
+        raise ModelError(f"{folder}: model.py computes something else than the code that saved this model; "
+                         "open it with that model.py")
     views, is_gpt2 = file_views(model, code)
     if is_gpt2:  # without `transformer.`, a repeated head, and the attention masks of old files
-        weights = {name.removeprefix("transformer."): w for name, w in weights.items()
-                   if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+        weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+        weights = {x: w for x, w in weights.items() if not x.endswith((".attn.bias", ".attn.masked_bias"))}
         head = weights.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
             raise ModelError(f"{folder}: its output head is not tied to the embedding; this model's is")
@@ -122,9 +125,6 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
         if have.get(name) != want.get(name):
             raise ModelError(f"{folder}: tensor {name} is {have.get(name, 'missing')}, "
                              f"config.json says {want.get(name, 'no such tensor')}")
-    if not is_equal(code, load_config(folder).get("fingerprint", GPT2)):
-        raise ModelError(f"{folder}: model.py computes something else than the code that saved this model; "
-                         "open it with that model.py")
     if is_gpt2 and not list(model.buffers()):
         model.to_empty(device="cpu").wte.weight.data.zero_()  # the padding rows
     else:  # an edited model may compute tables when it is built, such as the angles of rotary positions

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import data
 from data import DataError, Tokenizer, load
@@ -236,17 +235,3 @@ def test_what_is_no_prompt_is_named(tmp_path, name, text, message):
     with pytest.raises(DataError) as e:
         pairs.read_prompts(tmp_path / name)
     assert message in str(e.value)
-
-
-@real_data
-@pytest.mark.slow
-@pytest.mark.parametrize("name, kept, aspects", [("math", 1500, 0), ("fine-grained", 481, 2)])
-def test_real_files_of_the_format_load_split_and_collate(name, kept, aspects):
-    loaded, _ = load([SHARED / name], Tokenizer(SHARED / "gpt2-bpe"), 1024)
-    held = data.hold_out(loaded)[1]
-    assert len(loaded) == kept and loaded.n_aspects == aspects and kept // 10 - 20 <= len(held) <= kept // 10
-    batch = data.collate([held[i] for i in range(8)])
-    row, column = batch.source
-    first = batch.response.diff(prepend=torch.tensor([-1])) != 0
-    assert (batch.branch[row, column][first] == data.PROMPT).all()
-    assert (batch.positions[row, column].diff() == 1)[~first[1:]].all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_pairs import pair, texts, write
-from test_train import BYTES, RECORDS, load_records, make, make_records, model_a  # noqa: F401
+from test_train import BYTES, RECORDS, load_records, model_a  # noqa: F401
 
 import data
 import train
@@ -89,34 +89,6 @@ def test_a_pair_that_cannot_be_used_is_in_no_mean_and_lengths_are_those_of_the_s
     assert texts(with_them) == texts(without) and len(with_them) == len(RECORDS)
     some = with_them.select([6, 1, 3])
     assert some.lengths.tolist() == [len(with_them[i]) for i in (6, 1, 3)]
-
-
-def test_padding_is_known_by_its_place_and_not_by_an_id(tmp_path):
-    """trl-6357 (a token of the padding's id, end-of-text for one, was taken for padding), trl-6819 (padded
-    rows were scored at other positions): a pair has its numbers alone and beside a longer one."""
-    x = make("dpo", load_records([pair(chosen="\0\0", rejected="\0"), *make_records(2)], tmp_path))
-    both = [train.step(x.policy, x.reference, data.collate([x.pairs[i] for i in index]), x.loss, None, x.cfg)
-            for index in ([0], [0, 1, 2])]
-    batch = data.collate([x.pairs[0], x.pairs[1]])
-    assert batch.target[:5].tolist() == [0, 0, BYTES.eot, 0, BYTES.eot]
-    for name, alone in both[0].items():
-        assert both[1][name][:1] == pytest.approx(alone, rel=1e-12), name
-
-
-def test_an_evaluation_is_a_mean_over_pairs(tmp_path):
-    """transformers-41898: the mean of the batches' means, though the last one is smaller. 7 pairs here."""
-    found = []
-    for n in (1, 3, 7, 100):
-        x = make("tdpo2", load_records(make_records(7), tmp_path), micro_batch_size=n)
-        found.append(train.evaluate(x.policy, x.reference, x.pairs, x.cfg))
-    assert all(values == pytest.approx(found[0], rel=1e-10) for values in found)
-
-
-def test_what_a_step_returns_holds_no_graph(tmp_path):
-    """prime-rl-909: a loss that is added up for the log keeps the graphs of all micro-batches in memory."""
-    x = make("tdpo1", load_records(RECORDS, tmp_path))
-    rows = train.step(x.policy, x.reference, data.collate([x.pairs[0]]), x.loss, 1.0, x.cfg)
-    assert not any(row.requires_grad for row in rows.values())
 
 
 def test_every_epoch_reads_every_pair_once_in_another_order_whatever_else_draws_random_numbers():
