@@ -38,7 +38,7 @@ def test_every_program_runs_without_the_modules_of_one_system_in_any_folder_and_
         return real(file, mode, *args, **kwargs)
     monkeypatch.setattr(builtins, "open", strict_open)
     for name, method in {"read_text": Path.read_text, "write_text": Path.write_text}.items():
-        monkeypatch.setattr(Path, name, lambda *args, encoding, method=method: method(*args, encoding=encoding))
+        monkeypatch.setattr(Path, name, lambda *x, encoding, method=method: method(*x, encoding=encoding))
     terminal = io.TextIOWrapper(buffer := io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     flags = ["--out_dir", "mein Lauf ü", "--device", "cpu"]
