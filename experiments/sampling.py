@@ -1,7 +1,8 @@
 """Speed of GPT.generate beside transformers' generate: python experiments/sampling.py [--before CHECKOUT]
 
 GPT-2 small's shape with random weights, the same in each. The programs take turns, and the fastest of some
-turns counts. --before times the model.py of another checkout too. Needs transformers.
+turns counts; on one thread, its CPU seconds, which other work on the machine disturbs less. --before times
+the model.py of another checkout too. Needs transformers.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def programs(config, device, before=None):
     model.to(device)
 
     def by_transformers(tokens, n, flags):
-        how = {"do_sample": False} if flags.get("temperature") == 0 else {"do_sample": True, "top_k": 0, **flags}
+        greedy = flags.get("temperature") == 0
+        how = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0} | flags
         return other.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n,
                               eos_token_id=None, pad_token_id=0, **how)
 
@@ -61,12 +63,13 @@ def programs(config, device, before=None):
 
 
 def seconds(generate, tokens, n, flags):
-    began = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     out = generate(tokens, n, flags)
     if out.is_cuda:
         torch.cuda.synchronize()
     assert out.shape == (len(tokens), tokens.shape[1] + n)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def measure(found, row, turns, device, vocab_size):
@@ -99,8 +102,9 @@ def main(argv=None):
     for row in [ROWS[i] for i in args.rows]:
         times = measure(found, row, 1 if row[2] > 500 else args.turns, args.device, config.vocab_size)
         ratios = {name: times["transformers"] / t for name, t in times.items() if name != "transformers"}
-        print(f"{row[0]:32}" + "".join(f"{t:16.2f}" for t in times.values()) + f"{ratios['ours']:8.2f}{row[4]:8}"
-              + (f"   before {ratios['before']:.2f}" if "before" in ratios else ""), flush=True)
+        cells = "".join(f"{t:16.2f}" for t in times.values()) + f"{ratios['ours']:8.2f}{row[4]:8}"
+        before = f"   before {ratios['before']:.2f}" if "before" in ratios else ""
+        print(f"{row[0]:32}{cells}{before}", flush=True)
         if args.json:
             with open(args.json, "a") as file:
                 file.write(json.dumps({"row": row[0], "seconds": times, "ratios": ratios}) + "\n")
