@@ -29,8 +29,6 @@ def is_pairwise(loss):
 
 
 # ---- argv -> what was typed -> Config ----
-
-
 def parse(Config, argv):
     """argv -> {name: value} of the flags that were typed. Flags are Config's fields, with their types,
     choices and help, and the hyper-parameters of the losses."""
@@ -91,8 +89,6 @@ def configure(Config, typed):
 
 
 # ---- Checks ----
-
-
 def check(cfg, typed):
     """Refuse values out of range, a loss that asks for an unknown term, and typed flags that it does not
     read."""
@@ -166,8 +162,6 @@ def check_tokens(flag, name, sizes, tokenizer):
 
 
 # ---- The whole way ----
-
-
 def resolve(Config, argv):
     """argv -> (Config in which every knob that the run reads has its value, Tokenizer).
 
@@ -226,7 +220,7 @@ def for_machine(cfg, vocab_size):
     kind, large = torch.device(cfg.device).type, vocab_size > 10_000
     cuda, why_not = kind == "cuda", machine.cannot_compile() if large else None
     if cuda and why_not and cfg.compile is None:
-        report.say(f"torch.compile is off: {why_not} on this machine")
+        report.say(f"torch.compile is off: no {why_not} on this machine")
     pays = large and not why_not and kind in ("cpu", "cuda") and ranks.world() == 1
     values = {"dtype": "bfloat16" if cuda else "float32", "compile": pays and cuda,
               "compile_head": pays if cfg.compile is None else cfg.compile,

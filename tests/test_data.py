@@ -4,11 +4,8 @@ Files are tested in test_pairs.py, vocabularies in test_vocab.py.
 """
 
 import base64
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +14,6 @@ import torch
 import data
 from data import Pair, collate, predicting_columns
 
-ROOT = Path(__file__).resolve().parents[1]
 BYTES = data.Tokenizer("bytes")
 EOT = 256
 
@@ -475,28 +471,3 @@ def test_one_pair_or_the_same_pair_again_and_again_cannot_be_split():
         with pytest.raises(data.DataError, match="no group of pairs is small enough to hold out"):
             data.hold_out(pairs)
 
-
-# ---------------------------------------------------------------------------------------------------------
-
-
-def test_losses_and_the_tensor_half_need_torch_and_numpy_only():
-    code = """if True:
-        import sys
-        for name in ("tiktoken", "tqdm", "safetensors", "filelock", "matplotlib"):
-            sys.modules[name] = None  # importing it is an ImportError
-        import numpy as np, torch
-        import losses, data
-        ids, scores = np.array([1, 0], dtype=np.int32), np.zeros((1, 0), dtype=np.float32)
-        pairs = data.pack(data.Pair(ids, ids, ids + i, ids * 0, ids * 0, scores, scores) for i in range(20))
-        train, held = data.hold_out(pairs)
-        [index] = data.micro_batches(train, data.step_indices(len(train), 2, 0, 0), 2)
-        batch = data.collate([train[i] for i in index])
-        zeros = torch.zeros(8)
-        terms = data.pair_terms(batch, slice(0, 2), logps=zeros, ref_logps=zeros, kl=zeros)
-        loss = losses.LOSSES["tdpo1"]
-        print(loss(*(terms[name] for name in losses.terms_of(loss)), beta=0.1).tolist())
-        print(sorted(name for name in sys.modules if name.partition(".")[0] == "plumbing"))
-    """
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout.splitlines() == ["[0.6931471824645996, 0.6931471824645996]", "['plumbing', 'plumbing.errors']"], run.stderr

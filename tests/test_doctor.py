@@ -1,22 +1,18 @@
-"""tools/doctor.py: every finding on pairs made to have it, segments, bad input. Tests on ../shared/data skip
-where it is absent."""
+"""tools/doctor.py: every finding on pairs made to have it, segments, bad input."""
 
 import json
 import random
 import shlex
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from test_pairs import BYTES, SHARED, pair, real_data, scored, write
+from test_pairs import BYTES, pair, scored, write
 from test_train import model_a  # noqa: F401
 
 import data
 import train
 from tools import doctor
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -150,27 +146,14 @@ def test_segment_writes_the_same_pairs_in_segments_with_scores_left_to_fill_in(d
             == [x.tolist() for x in (new.prompt, new.chosen, new.rejected)]
 
 
-@pytest.mark.slow
-def test_it_runs_as_a_script_from_any_folder_and_survives_a_closed_pipe(tmp_path):
-    write(tmp_path / "d.jsonl", *(pair(f"Q{i}") for i in range(5000)))
-    command = [sys.executable, str(ROOT / "tools" / "doctor.py"), "d.jsonl", "--segment"]
-    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert run.stdout.readline().startswith(b'{"prompt": "Q0"')
-    run.stdout.close()
-    assert b"Traceback" not in run.stderr.read()
-    run.stderr.close()
-    run.wait()
+def test_a_closed_pipe_ends_it_quietly(tmp_path, monkeypatch):
+    def closed(*text):
+        raise BrokenPipeError
 
-
-@pytest.mark.slow
-@real_data
-def test_a_real_file(capsys):
-    options = ["--tokenizer", str(SHARED / "gpt2-bpe"), "--block_size", "1024"]
-    assert doctor.main([str(SHARED / "math"), *options]) == 0
-    report = capsys.readouterr().out
-    assert "Pairs: 1500 of 1500 can be used" in report and "0.0 % below 0.1" in report
-    table = report[report.index("Length in tokens"):].splitlines()[1:4]
-    assert [line.split()[3] for line in table] == ["62", "108", "98"]
+    path = write(tmp_path / "d.jsonl", pair())
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=closed, fileno=lambda: 1))
+    monkeypatch.setattr("os.dup2", lambda *files: None)
+    assert doctor.main([str(path), "--segment"]) == 0
 
 
 @pytest.mark.parametrize("parts", [

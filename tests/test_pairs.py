@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import data
 from data import DataError, Tokenizer, load
@@ -183,8 +182,7 @@ def test_lines_are_read_whatever_ends_them_and_hidden_files_of_a_folder_are_no_d
     ("a.jsonl.gz", gzip.compress(LINES)[:-20], "ended before the end-of-stream marker"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
     ("a.jsonl", LINES + b"\xff\xfe{}\n", ":4: not UTF-8"),
-    ("a.jsonl", LINES.decode().encode("utf-16"), ":1: not UTF-8"),
-    ("a.jsonl", b"", "0 pairs"),
+    ("a.jsonl", LINES.decode().encode("utf-16"), ":1: not UTF-8"), ("a.jsonl", b"", "0 pairs"),
     *((f"a{ending}", LINES, "convert it: python tools/convert.py {0} --out {1}/a-pairs.jsonl")
       for ending in (".json", ".csv", ".parquet", ".jsonl.xz", ".JSON.gz")),
     ("a.txt", LINES, "convert it: python tools/convert.py {0} --out {1}/a.txt-pairs.jsonl"),
@@ -236,17 +234,3 @@ def test_what_is_no_prompt_is_named(tmp_path, name, text, message):
     with pytest.raises(DataError) as e:
         pairs.read_prompts(tmp_path / name)
     assert message in str(e.value)
-
-
-@real_data
-@pytest.mark.slow
-@pytest.mark.parametrize("name, kept, aspects", [("math", 1500, 0), ("fine-grained", 481, 2)])
-def test_real_files_of_the_format_load_split_and_collate(name, kept, aspects):
-    loaded, _ = load([SHARED / name], Tokenizer(SHARED / "gpt2-bpe"), 1024)
-    held = data.hold_out(loaded)[1]
-    assert len(loaded) == kept and loaded.n_aspects == aspects and kept // 10 - 20 <= len(held) <= kept // 10
-    batch = data.collate([held[i] for i in range(8)])
-    row, column = batch.source
-    first = batch.response.diff(prepend=torch.tensor([-1])) != 0
-    assert (batch.branch[row, column][first] == data.PROMPT).all()
-    assert (batch.positions[row, column].diff() == 1)[~first[1:]].all()

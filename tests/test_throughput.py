@@ -28,8 +28,7 @@ def make_pairs():
 
 
 def models(dtype=torch.float64):
-    """A policy some way from its reference."""
-    torch.manual_seed(1)
+    torch.manual_seed(1)  # a policy some way from its reference
     reference, policy = (GPT(GPTConfig(V, 64, 2, 2, 16)).to(dtype) for _ in range(2))
     return policy, reference.requires_grad_(False)
 
@@ -82,7 +81,7 @@ def test_the_step_equals_the_plain_one_with_two_models_and_all_logits(tmp_path, 
 
 
 def test_bfloat16_stays_near_float32():
-    """Autocast rounds each factor to 8 bits: the loss within 2e-2, the gradient within 3 % of its length."""
+    """Autocast rounds factors to 8 bits: the loss within 2e-2, the gradient within 3 % of its length."""
     (loss, gradient), (exact_loss, exact) = step("tdpo2", "bfloat16"), step("tdpo2", "float32")
     assert (loss - exact_loss).abs().max() < 2e-2 and (gradient - exact).norm() < 3e-2 * exact.norm()
 
@@ -104,7 +103,7 @@ def test_losses_that_differ_end_the_comparison():
 def test_two_sides_take_turns_and_their_losses_agree():
     """train.py and the classic step, a process each, on pairs of each length that was drawn."""
     tiny = "--size tiny --lengths tiny --vocab 300 --pairs 2 --batches 1 --repeats 1 --device cpu"
-    r = throughput.compare(o := throughput.parse(tiny.split()))
-    tokens = throughput.draw_lengths(o)[:, 1:].sum()
+    o = throughput.parse(tiny.split())
+    r, tokens = throughput.compare(o), throughput.draw_lengths(o)[:, 1:].sum()
     assert 0 < r["faster"] and 0 < r["smaller"] and r["differences"]["loss"] < 1e-6
     assert r["ours"]["tokens_per_s"] * r["ours"]["seconds"] == pytest.approx(tokens)
