@@ -37,8 +37,8 @@ PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full i
 FREE = {*PATHS, "out_dir", "resume", "overwrite", "settings", "steps", "micro_batch_size",
         "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every", "log_every", "device",
         "compile", "compile_head", "pack", "head_tokens"}
-RESULT = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.tiktoken",
-          *vocab.OF_TRANSFORMERS)
+RESULT = ("model.safetensors*", "model-*-of-*.safetensors", "config.json", "generation_config.json",
+          "tokenizer.tiktoken", "chat_template.jinja", *vocab.OF_TRANSFORMERS)
 
 
 def read_run(folder):
@@ -59,7 +59,8 @@ def full(path):
     """A path, or some, in full; names of models and tokenizers as they are."""
     if isinstance(path, tuple):
         return [full(p) for p in path]
-    return path if path in (None, *pretrained.NAMES, "bytes") else str(Path(path).resolve())
+    is_name = path in (None, *pretrained.NAMES, "bytes") or not Path(path).exists()  # of a model hub, say
+    return path if is_name else str(Path(path).resolve())
 
 
 def is_unfinished(folder):
@@ -267,7 +268,8 @@ class Run:
                 raise ConfigError(f"--steps {self.cfg.steps}: the run is at step {self.first} already")
             self.record["saved"] = self.first
             write_json(self.folder / "run.json", self.record)  # now that nothing refuses it
-        ranks.only_main(pretrained.write_config)(policy, self.folder, self.tokenizer.eot)
+        if isinstance(policy, GPT):
+            ranks.only_main(pretrained.write_config)(policy, self.folder, self.tokenizer.eot)
         ranks.only_main(self.tokenizer.save)(self.folder)
         self.log_file = Log(self.folder / "log.jsonl", self.first,
                             self.record | {"resumed_at": self.first} | self.about)
