@@ -1,9 +1,11 @@
 """The losses on any causal language model of transformers, with its own tokenizer and chat template:
 
     python ports/huggingface.py --init FOLDER_OR_NAME --data FILE ... [--lora RANK] [flags of train.py]
+    python ports/huggingface.py --init FOLDER_OF_A_RUN --ask TEXT
+    torchrun --nproc_per_node 8 ports/huggingface.py --init FOLDER_OR_NAME --data FILE ...
 
 `Policy` gives the model the shape of model.GPT; the rest is train.py: step, evaluation, remembered reference,
-log, --resume. --lora RANK trains adapters (needs peft); the reference is then the same model without them.
+log, --resume, ranks. --lora RANK trains adapters (needs peft); the reference is then the same model without them.
 The result is a folder for transformers, vLLM and the like.
 """
 
@@ -13,48 +15,64 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 import train  # isort: skip  (before torch, which reads its settings when it is imported)
 
-from contextlib import nullcontext
-from types import SimpleNamespace
+import shlex
+from dataclasses import replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from losses import LOSSES
-from plumbing import flags, machine, report
-from plumbing.folder import identity_of, weights_hash
-from ports.huggingface_setup import choose_rows, loaded, resolve
+from model import GPTConfig, sample_token
+from plumbing import flags, folder, machine, ranks, report
+from plumbing.errors import ConfigError, RunError
+from ports.huggingface_setup import Tokenizer, check_numbers, loaded, one_line, plain_logps, positions_of, resolve
 
 
-class Given(SimpleNamespace):
+class Given(dict):
     """Output of a trunk: last_hidden_state; whatever else an architecture asks for is None."""
 
     def __getattr__(self, name):
-        return None
+        return self.get(name)
 
-    def __getitem__(self, index):
-        return self.last_hidden_state
+    def __getitem__(self, key):
+        return self.get(key) if isinstance(key, str) else tuple(self.values())[key]
 
 
 class Policy(torch.nn.Module):
-    """A causal language model as train.py asks for it. adapters=False: without its LoRA, as reference."""
+    """A causal language model as train.py asks for it. check_numbers sets `trunks` and `rows`."""
 
-    def __init__(self, model, shared=True, adapters=True, saved_as=torch.float32):
+    def __init__(self, model, saved_as=None, source=None):
+        """saved_as: {name: dtype} of the tensors in the result. source: opens a saved folder as it was opened."""
         super().__init__()
-        self.model, self.shared, self.saved_as = model, shared, saved_as
-        self.h = [self]  # what machine.compile_blocks compiles: all of it
-        self.wte = model.get_input_embeddings()
-        self.context = nullcontext if adapters else model.disable_adapter
-        self.config = SimpleNamespace(vocab_size=self.wte.num_embeddings, n_embd=self.wte.embedding_dim)
+        self.model, self.saved_as, self.source = model, saved_as or {}, source
+        self.trunks, self.rows = [model.get_decoder()], "shared"  # in a list: it is a part of the model already
+        self.peft, self.probe = [], None  # with adapters: the model of peft; ids of a row that is compared at the end
+        self.config = GPTConfig(self.wte.num_embeddings, positions_of(model.config), 1, 1, self.wte.embedding_dim)
+
+    @property
+    def wte(self):
+        return self.model.get_input_embeddings()
+
+    @property
+    def h(self):
+        """The layers, which are compiled and sharded one by one: the list of modules with the most weights."""
+        lists = [m for m in self.trunks[0].modules() if isinstance(m, torch.nn.ModuleList)]
+        return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
 
     def named_parameters(self, *args, **kwargs):
         """What is trained, and so in the optimizer and the checkpoints."""
-        return ((name, p) for name, p in super().named_parameters(*args, **kwargs) if p.requires_grad)
+        return ((name, p) for name, p in super().named_parameters(*args, **kwargs)
+                if p.requires_grad or not self.peft)
+
+    def fingerprint(self):
+        """The sum of the bytes of each weight."""
+        return [x.reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item() for x in self.state_dict().values()]
 
     def forward(self, tokens, positions=None, mask=None):
         """The hidden states of rows that data.collate made, (B, T) -> (B, T, C)."""
         if mask is None:
             return self.trunk(tokens)
-        if self.shared:  # the mask in numbers, which every kind of attention can add
+        if self.rows == "shared":  # the mask in numbers, which every kind of attention can add
             bias = torch.zeros_like(mask, dtype=self.wte.weight.dtype)
             bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
             return self.trunk(tokens, position_ids=positions, attention_mask=bias)
@@ -63,70 +81,193 @@ class Policy(torch.nn.Module):
         start = 1 + (positions[:, 1:] <= positions[:, :-1]).int().argmax(-1, keepdim=True)  # of rejected
         P, width = positions.gather(1, start), positions.max() + 1
         skip = torch.where(column < P, column, column + start - P).clamp(max=len(column) - 1)
-        chosen, rejected = (self.trunk(rows[:, :width]) for rows in (tokens, tokens.gather(1, skip)))
-        at = positions.unsqueeze(-1).expand(-1, -1, chosen.shape[-1])
-        return torch.where((column < start).unsqueeze(-1), chosen.gather(1, at), rejected.gather(1, at))
+        if self.rows == "two":
+            chosen, rejected = self.trunk(torch.cat([tokens, tokens.gather(1, skip)])[:, :width]).chunk(2)
+        else:  # one pair: each row has its own length
+            chosen = self.trunk(tokens[:, :start.item()])
+            rejected = self.trunk(tokens.gather(1, skip)[:, :positions[:, start.item():].max() + 1])
+        chosen, rejected = (x.gather(1, positions.clamp(max=x.shape[1] - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+                            for x in (chosen, rejected))
+        return torch.where((column < start).unsqueeze(-1), chosen, rejected)
 
     def trunk(self, tokens, **given):
-        with self.context():
-            return self.model.get_decoder()(input_ids=tokens, use_cache=False, **given).last_hidden_state
+        return self.trunks[0](input_ids=tokens, use_cache=False, **given).last_hidden_state
 
     def logits(self, hidden, centered=False):
         """(n, C) -> (n, V), by the model's own forward, its trunk's output given: head, soft caps and all. In
         float32, for in bfloat16 a logit of 20 has steps of 0.125."""
-        trunk, hidden = self.model.get_decoder(), hidden.to(self.wte.weight.dtype).unsqueeze(0)
+        [trunk], hidden = self.trunks, hidden.to(self.wte.weight.dtype).unsqueeze(0)
         trunk.forward = lambda *_, **__: Given(last_hidden_state=hidden)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         try:
-            with self.context(), torch.autocast(hidden.device.type, enabled=False):
+            with torch.autocast(hidden.device.type, enabled=False):
                 return self.model(input_ids=ids).logits[0]
         finally:
             del trunk.forward  # the method shows again
 
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, *, temperature, eos, generator):
+        """Continue a row of ids (1, T) up to `eos`, which is then its last."""
+        for _ in range(max_new_tokens):
+            logits = self.logits(self(tokens)[:, -1])[:, :self.config.vocab_size].float()
+            token = sample_token(logits, temperature, None, None, generator)
+            tokens = torch.cat([tokens, token.unsqueeze(-1)], -1)
+            if token.item() == eos:
+                break
+        return tokens
+
     def save_pretrained(self, folder, eos):
-        model = self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
-        stops = model.generation_config.eos_token_id
-        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-        model.generation_config.eos_token_id = sorted({*stops, eos})  # what has been trained to end an answer
-        model.to(self.saved_as).save_pretrained(folder)
+        """Write the model, each tensor in the dtype that the start has it in, and compare what the folder says with
+        what memory says. RunError where they differ."""
+        for model in self.peft:
+            model.merge_and_unload()
+        for name, x in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            x.data = x.data.to(self.saved_as.get(name, x.dtype))
+        self.model.save_pretrained(folder)
+        rows = [(self.probe.to(self.wte.weight.device), 1)]
+        with torch.no_grad():
+            try:
+                again = self.source(folder).to(rows[0][0].device)
+                off = (plain_logps(again, rows) - plain_logps(self.model, rows)).abs().max().item()
+            except Exception as e:  # transformers raises what it likes
+                raise RunError(f"the trained model, saved, cannot be opened again ({one_line(e)}); its weights are in "
+                               "the last checkpoint") from None
+        if not off <= 1e-3:
+            raise RunError(f"the trained model, saved and opened again, gives other log-probabilities (by {off:.1e} "
+                           "nats); its weights are in the last checkpoint")
 
 
-def models(cfg, rank, *data):
-    """(policy, the reference's model or None, the hashes of both at the start, None for none)."""
-    def load(name):
-        dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
-        model = loaded(AutoModelForCausalLM, name, dtype=dtype).eval()  # eval: without dropout, as train.py
-        return Policy(model.to(cfg.device), saved_as=loaded(AutoConfig, name).dtype or dtype)
+class WithoutAdapters(torch.nn.Module):
+    """The reference of a LoRA run: the policy with its adapters off. It has no weights of its own."""
+    h = ()
 
-    policy, ref, with_ref = load(cfg.init), None, flags.has_reference(LOSSES[cfg.loss])
-    longest = [pairs[int((pairs.rows[:, 1] + pairs.rows[:, 2:4].max(-1)).argmax())] for pairs in data]
-    report.say(f"{cfg.init}: {choose_rows(policy, longest, cfg)}")
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = [policy]
+        self.config = policy.config
+
+    @property
+    def wte(self):
+        return self.policy[0].wte
+
+    def forward(self, *args):
+        with self.policy[0].peft[0].disable_adapter():
+            return self.policy[0](*args)
+
+    def logits(self, hidden, centered=False):
+        with self.policy[0].peft[0].disable_adapter():
+            return self.policy[0].logits(hidden, centered)
+
+
+def load(flag, name, cfg, eot):
+    """A Policy, in the run's precision and on its device."""
+    kwargs = {"experts_implementation": "eager"} if cfg.dtype == "float64" else {}  # others have no float64
+
+    def source(folder, dtype="auto"):
+        return loaded(AutoModelForCausalLM, folder, dtype=dtype, **kwargs).eval()  # eval: without dropout
+
+    start = source(name)  # as the result is to be
+    saved_as = {key: x.dtype for key, x in [*start.named_parameters(), *start.named_buffers()]}
+    del start
+    policy = Policy(source(name, torch.float32), saved_as, source)
+    generation = policy.model.generation_config
+    stops = generation.eos_token_id
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    generation.eos_token_id = sorted({*stops, eot})  # what has been trained to end an answer
+    try:
+        generation.validate(strict=True)
+    except ValueError as e:
+        raise ConfigError(f"--{flag} {name}: transformers would not save its generation_config.json, change it: "
+                          f"{' '.join(str(e).split()):.200}") from None
+    policy = train.prepared(policy, replace(cfg, compile=False))
+    flags.check_model(flag, name, policy, cfg)
+    return policy
+
+
+def add_adapters(policy, rank, seed):
+    """Put LoRA adapters of this rank on all linear layers; only they are trained from here on."""
+    import peft
+    torch.manual_seed(seed)
+    adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    try:
+        policy.peft = [peft.get_peft_model(policy.model, adapters)]
+    except ValueError as e:
+        raise ConfigError(f"--lora {rank}: peft has no adapters for this model ({one_line(e)}); leave it out") from None
+    policy.to(policy.wte.weight.dtype)
+    layers = [type(m).__name__ for m in policy.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    fused = layers.count("ParamWrapper")
+    report.say(f"adapters of rank {rank} on {len(layers) - fused} linear layers"
+               + f" and {fused} tensors of fused experts" * bool(fused)
+               + f": {sum(p.numel() for p in policy.parameters()):,} of "
+               f"{sum(p.numel() for p in policy.model.parameters()):,} parameters are trained")
+
+
+def models(cfg, rank, tokenizer, *data):
+    """(policy, the reference's model or None, what identity_of cannot see, the Config for these models)."""
+    policy, ref = load("init", cfg.init, cfg, tokenizer.eot), None
+    with_ref, identity = flags.has_reference(LOSSES[cfg.loss]), {"lora": rank}
+    if rank:  # known by the model that they are put on
+        identity["init"] = folder.weights_hash(policy)
+        add_adapters(policy, rank, cfg.seed)
+    if max(int(pairs.ids.max()) for pairs in data) >= policy.config.vocab_size:
+        raise ConfigError(f"--init {cfg.init}: its tokenizer has ids that the model, with {policy.config.vocab_size}, "
+                          "has not")
+    report.say(f"{cfg.init}: {check_numbers(policy, data, cfg, f'--init {cfg.init}')}")
+    policy.probe = torch.from_numpy(data[0].ids[:64]).long()
     if with_ref and (cfg.ref or not rank):
-        ref = load(cfg.ref or cfg.init)
-    hashes = weights_hash(policy), with_ref and weights_hash(ref or policy) or None
-    if rank:
-        import peft
-        torch.manual_seed(cfg.seed)
-        adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        model, shared = peft.get_peft_model(policy.model, adapters), policy.shared
-        policy = Policy(model, shared, saved_as=policy.saved_as)
-        ref = ref or (Policy(model, shared, adapters=False) if with_ref else None)
-    if ref:
-        ref.shared = policy.shared
-    return policy, ref, hashes
+        ref = load("ref", cfg.ref or cfg.init, cfg, tokenizer.eot)
+        if cfg.ref:
+            if loaded(AutoTokenizer, cfg.ref).get_vocab() != tokenizer.own.get_vocab():
+                raise ConfigError(f"--ref {cfg.ref}: has another tokenizer than the policy")
+            report.say(f"{cfg.ref}: {check_numbers(ref, data, cfg, f'--ref {cfg.ref}')}")
+        else:
+            names = {id(m): name for name, m in policy.model.named_modules()}
+            ref.rows, ref.trunks = policy.rows, [ref.model.get_submodule(names[id(policy.trunks[0])])]
+        ref.requires_grad_(False)
+    elif with_ref:
+        ref, identity["ref"] = WithoutAdapters(policy), identity["init"]
+    if "alone" in (policy.rows, ref.rows if isinstance(ref, Policy) else None):
+        cfg = replace(cfg, micro_batch_size=1)
+    if cfg.compile:
+        for model in filter(None, (policy, ref)):
+            machine.compile_blocks(model, dynamic=True)
+    return policy, ref, identity, cfg
+
+
+def ask(cfg, tokenizer, text):
+    """Print an answer of --init and, where it is the folder of a run, of that run's reference."""
+    is_run = Path(cfg.init, "run.json").exists()
+    names = {"reference": folder.read_run(cfg.init)["config"]["ref"] if is_run else None, "policy": cfg.init}
+    chat = tokenizer.own.chat_template
+    [prompt] = tokenizer.encode_prompts([[{"role": "user", "content": text}] if chat else text])
+    for role, name in names.items():
+        if name:
+            model = load("init", name, cfg, tokenizer.eot)
+            check_trunk(model, prompt, cfg)
+            report.say(f"{role:10} {report.answer(model, tokenizer, prompt, cfg.seed)}")
 
 
 def main(argv=None):
     machine.tune_allocator()
+    report.PROGRAM = "ports/huggingface.py"
     with report.one_line_errors("huggingface.py"):
-        cfg, rank, tokenizer = resolve(argv)
+        cfg, rank, tokenizer, text = resolve(argv)
+        if text:
+            return ask(cfg, tokenizer, text)
         pairs, val = flags.load_data(cfg, tokenizer)
-        if tokenizer.own.chat_template:
-            report.say("turns are rendered by the model's own chat template")
-        policy, ref, hashes = models(cfg, rank, pairs, val)
-        identity = identity_of(cfg, pairs, val, tokenizer, *hashes) | {"lora": rank}
-        if train.run_models(cfg, identity, cfg.init, cfg.ref, tokenizer, pairs, val, policy, ref)[0]:
+        if tokenizer.rendered:
+            own = "the model's own chat template" if tokenizer.own.chat_template else \
+                "\"Human: ... Assistant:\", for the model has no chat template"
+            report.say(f"{tokenizer.rendered} prompts are messages, rendered by {own}")
+        policy, ref, identity, cfg = models(cfg, rank, tokenizer, pairs, val)
+        if train.run(cfg, tokenizer, pairs, val, lambda *_: (policy, ref), **identity):
+            if isinstance(ref, WithoutAdapters) and not ranks.rank():  # the adapters have been merged
+                ref = load("init", cfg.init, cfg, tokenizer.eot)
+            report.answers(cfg, tokenizer, val, policy, ref)
             report.say(f"saved in {cfg.out_dir}: a folder of transformers, run.json, log.jsonl, checkpoints")
+            report.say(f"next: python ports/huggingface.py --init {shlex.quote(cfg.out_dir)} --ask 'Who are you?'\n"
+                       f"      python tools/plot.py {shlex.quote(cfg.out_dir)}")
+        ranks.stop()
 
 
 if __name__ == "__main__":

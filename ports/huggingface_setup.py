@@ -1,40 +1,40 @@
-"""What ports/huggingface.py needs before it trains: the tokenizer, the flags, the kind of rows."""
+"""What ports/huggingface.py needs before it trains: the tokenizer, the flags, the check of a model by its numbers."""
 
 import argparse
 import re
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import train
-from data import DataError, collate
+from data import DataError, Tokenizer as Own, collate
 from losses import LOSSES, terms_of, token_logps
 from plumbing import flags, machine, ranks, vocab
 from plumbing.errors import ConfigError
-from plumbing.folder import check_free
-
-TURN = re.compile(r"\n\n(System|Human|Assistant): ?")  # how data.py renders all forms of chat
-ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
+from plumbing.folder import is_unfinished, read_run
 
 
 class Tokenizer:
-    """Prompts that are turns become messages of the model's chat template, if it has one. Other prompts are
-    taken as they stand, after the model's begin-of-text, if it has one."""
+    """data.Tokenizer's methods by a tokenizer of transformers. Messages are rendered by its chat template, if it
+    has one, else as the core does; a string is taken as it stands, after begin-of-text if the model has one."""
 
     def __init__(self, own, segmented=False):
         """own: of AutoTokenizer. segmented: for a loss that finds the segments of responses by bytes."""
-        self.own, self.segmented, self.vocab_size = own, segmented, len(own)
+        self.own, self.segmented, self.vocab_size, self.rendered = own, segmented, len(own), 0
         if not own.encode("a", add_special_tokens=False):  # transformers makes an empty one without a word
             raise ConfigError("--init: holds no tokenizer that transformers can read")
         identity = sorted(own.get_vocab().items()), own.chat_template
         self.hash = sha256(repr(identity).encode()).hexdigest()
+        self.lead = "" if own.chat_template else Own.lead
         self.eot = self.end_of_turn() if own.chat_template else own.eos_token_id
         if self.eot is None:
             raise ConfigError("the tokenizer has no eos_token to close a response with; set one")
+        self.begin = [i for i in own.encode("")[:1] if i == own.bos_token_id]
+        special = [re.escape(token.content) for token in own.added_tokens_decoder.values() if token.special]
+        self.special = re.compile("|".join(special) or "(?!)")
         tokens, byte_of = own.convert_ids_to_tokens(list(range(len(own)))), vocab.byte_characters()
         if any("Ġ" in token for token in tokens):  # GPT-2's kind
             found = (bytes(byte_of.get(c, 0) for c in token) for token in tokens)
@@ -50,34 +50,46 @@ class Tokenizer:
         first = self.own.encode(rest.lstrip(), add_special_tokens=False)[:1]
         return first[0] if first and first[0] in self.own.added_tokens_decoder else self.own.eos_token_id
 
+    def checked(self, text):
+        """The text, if no part of it is a special token's: one that was rendered already would be rendered twice,
+        and a user's would end his turn."""
+        if found := self.special.search(text):
+            raise DataError(f"{text[:40]!r}: holds {found[0]!r}, a special token of the tokenizer. It is added where "
+                            "it belongs: give the messages that were rendered, or the text without it")
+        return text
+
     def encode(self, text):
-        """Text -> ids, never a special token, whatever the text says."""
-        ids = self.own.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Text -> ids, never a special token."""
+        ids = self.own.encode(self.checked(text), add_special_tokens=False, split_special_tokens=True)
         if self.segmented and b"".join(map(self.token_bytes.get, ids)) != text.encode():
             raise DataError(f"{text[:40]!r}: the tokenizer changes this text, and segments are found by "
                             "their bytes; choose a loss without segments")
         return ids
 
     def encode_batch(self, texts):
-        """The prompt, chosen and rejected response of each pair in turn, as data.encode_pairs sends them."""
-        ids, begin = [], [i for i in self.own.encode("")[:1] if i == self.own.bos_token_id]
-        for prompt, *responses in zip(*[iter(texts)] * 3, strict=True):
-            before, *turns = TURN.split(prompt)
-            chat = bool(self.own.chat_template) and not before and turns[-2:] == ["Assistant", ""]
-            ids.append(self.rendered(turns[:-2]) if chat else begin + self.encode(prompt))
-            for text in responses:  # the space after "Assistant:" is no part of a message
-                ids.append(self.encode(text.removeprefix(" ") if chat and not self.segmented else text))
-        return ids
+        return [self.encode(text) for text in texts]
 
-    def rendered(self, turns):
-        """[name, text, name, text, ...] -> ids of the chat template, up to where the answer begins."""
-        messages = [{"role": ROLES[name], "content": text}
-                    for name, text in zip(turns[::2], turns[1::2], strict=True)]
+    def encode_prompts(self, prompts):
+        """Prompts, strings or lists of messages -> lists of ids."""
+        return [self.begin + self.encode(prompt) if isinstance(prompt, str) else
+                self.own.encode(self.render(prompt), add_special_tokens=False) if self.own.chat_template else
+                self.begin + self.encode(self.render(prompt)) for prompt in prompts]
+
+    def render(self, messages):
+        """Messages -> text, up to where the answer begins."""
+        self.rendered += 1
+        for message in messages:
+            self.checked(message["content"])
+        if not self.own.chat_template:
+            return Own.render(self, messages)
         try:
-            return self.own.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            return self.own.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as e:  # a template raises what it likes
-            raise DataError(f"{turns[1][:40]!r}: the model's chat template refuses this conversation ({e}); "
-                            "change the record") from None
+            raise DataError(f"{messages[-1]['content'][:40]!r}: the model's chat template refuses this conversation "
+                            f"({e}); change the record") from None
+
+    def decode(self, ids):
+        return self.own.decode([int(i) for i in ids])
 
     def save(self, folder):
         self.own.save_pretrained(folder)
@@ -85,6 +97,9 @@ class Tokenizer:
 
 def loaded(kind, name, **kwargs):
     """From a folder, or from huggingface.co by name."""
+    if is_unfinished(name):
+        raise ConfigError(f"{name}: this run is not finished; go on with it, python ports/huggingface.py --resume "
+                          f"--out_dir {name}")
     try:
         return kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as e:
@@ -92,52 +107,161 @@ def loaded(kind, name, **kwargs):
 
 
 def resolve(argv):
-    """argv -> (Config, rank of the adapters or 0, Tokenizer)."""
+    """argv -> (Config, rank of the adapters or 0, Tokenizer, the prompt of --ask or None)."""
     parser = argparse.ArgumentParser(
         "huggingface.py", usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]",
         add_help=False, allow_abbrev=False, epilog="The other flags are train.py's, below; refused are "
         "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head, --pack. --lr is 1e-6, with --lora 1e-5.")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK",
+    parser.add_argument("--lora", type=int, metavar="RANK",
                         help="train adapters of this rank, with peft; default 0: the model's own weights")
+    parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init and, where it is the folder of a "
+                        "run, of its reference; nothing is trained")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & {*rest}:
         parser.print_help()
         print()
-    cfg = flags.parse(train.Config, rest)
-    flags.check(cfg)
-    if cfg.init is None or own.lora < 0 or cfg.compile_head or cfg.pack or ranks.world() > 1:
-        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head, no --pack, no "
-                          "torchrun")
-    for name in ("tokenizer", "n_layer", "n_head", "n_embd"):
-        flags.refuse_unread(cfg, name, "the model has its own")
-    text = loaded(AutoConfig, cfg.init).get_text_config()
+    typed = flags.parse(train.Config, rest)
+    if typed.get("resume") and own.lora is None and "out_dir" in typed:
+        own.lora = read_run(typed["out_dir"])["identity"].get("lora")
+    rank = own.lora or 0
+    if not typed.get("resume"):
+        typed = {"lr": 1e-5 if rank else 1e-6} | typed
+    cfg = flags.configure(train.Config, typed)
+    flags.check(cfg, typed)
+    if cfg.init is None or rank < 0 or cfg.compile_head or cfg.pack:
+        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head, no --pack")
+    flags.refuse_unread(typed, dict.fromkeys(("tokenizer", "n_layer", "n_head", "n_embd"), "the model has its own"))
+    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False, pack=False)
+    if not own.ask:
+        cfg = replace(cfg, out_dir=flags.place_of_run(cfg))
+    ranks.start(cfg.device)
+    most = positions_of(loaded(AutoConfig, cfg.init))
     tokenizer = Tokenizer(loaded(AutoTokenizer, cfg.init), "chosen_rewards" in terms_of(LOSSES[cfg.loss]))
-    out_dir, device = cfg.out_dir or flags.free_folder(cfg.loss), cfg.device or machine.best_device()
-    check_free(Path(out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
-    filled = flags.defaults_of_loss(cfg) | flags.defaults_of_machine(cfg, device, tokenizer)
-    filled |= {"out_dir": out_dir, "device": device, "lr": 1e-5 if own.lora else 1e-6, "compile_head": False,
-               "pack": False, "block_size": min(2048, getattr(text, "max_position_embeddings", 2048))}
-    cfg = replace(cfg, **{name: x for name, x in filled.items() if getattr(cfg, name) is None})
-    return cfg, own.lora, tokenizer
+    if "block_size" not in typed and not cfg.resume:
+        cfg = replace(cfg, block_size=min(2048, most))
+    return flags.for_machine(cfg, tokenizer.vocab_size), rank, tokenizer, own.ask
+
+
+def positions_of(config):
+    """The most tokens that a model takes, where its config says."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else 2**31
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Numbers decide: which trunk, which rows
+
+
+LIMIT = re.compile(r"window|chunk|top_?k|position|local|length|span|block|ctx|budget|rel_extent")
+
+
+def limits(config):
+    """The numbers in a config, at any depth, beyond which a model may compute something else."""
+    items = config.items() if isinstance(config, dict) else enumerate(config)
+    found = {x for key, x in items if type(x) is int and LIMIT.search(str(key))}
+    return found.union(*(limits(x) for _, x in items if isinstance(x, dict | list)))
+
+
+def telling(pairs, limits):
+    """The numbers of some pairs: the longest and the shortest by every length, and for each limit the shortest of
+    those whose shared row alone is longer, whose one plain row is longer, whose two plain rows are longer."""
+    P, C, R = (pairs.rows[name] for name in "PCR")
+    row, longer, shorter = P + C + R, P + np.maximum(C, R), P + np.minimum(C, R)
+    found = {int(end(x)) for x in (row, longer, P, C, R) for end in (np.argmax, np.argmin)}
+    for limit in limits:
+        for over in (row > limit) & (longer <= limit), (longer > limit) & (shorter <= limit), shorter > limit:
+            if over.any():
+                found.add(int(np.where(over, row, row.max() + 1).argmin()))
+    return sorted(found, key=lambda i: row[i])
+
+
+def trunks(model):
+    """The parts of a model that may give the hidden states its head takes, most likely first."""
+    def inside(module):
+        found = [module.get_decoder()] if hasattr(module, "get_decoder") else []
+        return found + [getattr(module, name, None) for name in ("base_model", "model")]
+    first = [x for x in inside(model) if isinstance(x, torch.nn.Module)]
+    every = first + [y for x in first for y in inside(x) if isinstance(y, torch.nn.Module)]
+    return [x for i, x in enumerate(every) if x is not model and all(x is not y for y in every[:i])]
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
 
 
 @torch.no_grad()
-def choose_rows(policy, pairs, cfg):
-    """Find out by numbers whether rows with a shared prompt give the model's own log-probabilities. With a
-    sliding window or recurrent layers they do not: then two rows a pair. Returns what to print."""
-    exact, plain = cfg.dtype == "float64", []
-    cfg = replace(cfg, compile=False, dtype="float64" if exact else "float32")
-    for p in pairs:
-        for response in (p.chosen, p.rejected):
-            row = torch.from_numpy(np.concatenate([p.prompt, response])).long().to(cfg.device)
-            logits = policy.model(input_ids=row.unsqueeze(0)).logits[0, len(p.prompt) - 1:-1]
-            plain.append(token_logps(logits, row[len(p.prompt):]))
-    batch, why = collate(pairs).to(cfg.device), "a shared prompt changes its numbers"
-    for policy.shared in (True, False):
+def choose_trunk(policy, row, tolerance, name):
+    """Find the trunk whose output, given to the model's own head, is what the model says of a row of ids (T,)."""
+    other = row.clone()
+    other[-1] = (row[-1] + 1) % policy.config.vocab_size
+    try:
+        own, last_changed = (policy.model(input_ids=x[None]).logits[0, :-1] for x in (row, other))
+    except Exception as e:  # a model that needs more than tokens raises what it likes
+        raise ConfigError(f"{name}: does not run on a row of tokens ({one_line(e)})") from None
+    if (own - last_changed).abs().max() > tolerance:
+        raise ConfigError(f"{name}: is not a causal model: what it says of a token changes with later ones (in its "
+                          "config.json, is_decoder?)")
+    why = "it has none"
+    for policy.trunks in ([x] for x in trunks(policy.model)):
         try:
-            off = (train.response_logps(policy, batch, cfg) - torch.cat(plain)).abs().max().item()
+            if (off := (policy.logits(policy(row[None])[0, :-1]) - own).abs().max()) <= tolerance:
+                return
+            why = f"off by {off:.1e}"
+        except Exception as e:
+            why = one_line(e)
+    raise ConfigError(f"{name}: no part of it gives the hidden states that its head takes ({why})")
+
+
+@torch.no_grad()
+def plain_logps(model, rows):
+    """[(ids, where the response begins)] -> the model's own log-probabilities, (N,), from one row each."""
+    found = []
+    for row, at in rows:
+        logits = model(input_ids=row[None]).logits[0, at - 1:-1]
+        found.append(token_logps(logits, row[at:]))
+    return torch.cat(found)
+
+
+def check_numbers(policy, data, cfg, name):
+    """Choose trunk and rows by numbers: the log-probabilities of telling pairs, long and short ones in one
+    micro-batch, must be those of the model's own in plain rows. Sets policy.trunks and policy.rows.
+
+    data: some Pairs. Returns what to print. ConfigError where no way is right.
+    """
+    exact = cfg.dtype == "float64"
+    cfg, tolerance = replace(cfg, compile=False, dtype=cfg.dtype if exact else "float32"), 1e-5 if exact else 1e-3
+    before, bounds = policy.fingerprint(), limits(policy.model.config.to_dict())
+    pairs = [part[i] for part in data for i in telling(part, bounds)]
+    pairs.sort(key=len)
+    half = (len(pairs) + 1) // 2
+    pairs = [p for two in zip(pairs[:half], pairs[:half - 1:-1] + [None], strict=False) for p in two if p]
+    rows = [(torch.from_numpy(np.concatenate([p.prompt, y])).long().to(cfg.device), len(p.prompt))
+            for p in pairs for y in (p.chosen, p.rejected) if len(y)]
+    choose_trunk(policy, rows[0][0], tolerance, name)
+    plain = plain_logps(policy.model, rows)
+    again = [plain_logps(policy.model, [row]) for row in rows[::-1]]
+    if (off := (torch.cat(again[::-1]) - plain).abs().max()) > tolerance:
+        raise ConfigError(f"{name}: its own log-probabilities change by {off:.1e} nats with the rows it has seen "
+                          f"before; a --block_size below {cfg.block_size} may keep it from there")
+    why = "a shared prompt changes its numbers"
+    for policy.rows, size in ("shared", 2), ("two", 2), ("alone", 1):
+        try:
+            found = [train.response_logps(policy, collate(pairs[i:i + size]).to(cfg.device), cfg)
+                     for i in range(0, len(pairs), size)]
+            off = (torch.cat(found) - plain).abs().max().item()
         except Exception as e:  # a model that takes no positions or no such mask raises what it likes
-            off, why = np.inf, f"it takes no shared prompt ({' '.join(str(e).split()):.80})"
-        if off <= (1e-5 if exact else 1e-3):  # nats; norms are float32 in any model
-            return "one row a pair, the prompt shared" if policy.shared else f"two rows a pair: {why}"
-    raise ConfigError(f"--init: log-probabilities differ from the model's own by {off:.1e} nats; {why}")
+            off, why = np.inf, f"it takes no shared prompt ({one_line(e)})"
+        if off <= tolerance:
+            break
+    else:
+        raise ConfigError(f"{name}: log-probabilities differ from the model's own by {off:.1e} nats; {why}")
+    try:
+        train.hidden_states(policy, collate(pairs[:1]).to(cfg.device), cfg).sum().backward()
+    except RuntimeError as e:
+        raise ConfigError(f"{name}: cannot be differentiated ({one_line(e)})") from None
+    policy.zero_grad(set_to_none=True)
+    if policy.fingerprint() != before:
+        raise ConfigError(f"{name}: changes its own weights when it runs, so what is trained would not be what is saved")
+    return {"shared": "one row a pair, the prompt shared", "two": f"two rows a pair: {why}",
+            "alone": "two rows a pair, one pair at a time: its numbers change with what else is in a micro-batch"}[
+                policy.rows]
