@@ -6,9 +6,7 @@ chosen and rejected response (end-of-text counted).
 A pair is one stretch of a row, [prompt | chosen | rejected]: the prompt is computed once, the positions of
 both responses continue from it, and a token sees the prompt and its own branch. A row holds one pair, or many
 back to back (packed). `collate` also lists the response tokens flat and says which hidden state predicts
-each: the shift by one is `predicting_columns`, used once.
-
-Files are read in plumbing/formats.py, vocabularies in plumbing/vocab.py.
+each: the shift by one is `predicting_columns`, used once. Files are read in plumbing/pairs.py.
 """
 
 import hashlib
@@ -17,6 +15,7 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from losses import segment_rewards, segment_sum
 from plumbing.errors import DataError, UnusablePair
 
-# ---------------------------------------------------------------------------------------------------------
-# Tokenizer
+# ---- Tokenizer ----
 
 
 class Tokenizer:
@@ -38,6 +36,8 @@ class Tokenizer:
                            kind) or tokenizer.tiktoken
     Raises DataError for anything else.
     """
+    TURN = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+    lead = " "  # stands before the response to a list of messages
 
     def __init__(self, name_or_path):
         import tiktoken
@@ -60,6 +60,15 @@ class Tokenizer:
         """Texts -> lists of ids, by tiktoken's own threads."""
         return self.bpe.encode_ordinary_batch(texts)
 
+    def render(self, messages):
+        """A list of {"role", "content"} -> text, in the form of HH-RLHF."""
+        return "".join(self.TURN[m["role"]] + m["content"] for m in messages) + "\n\nAssistant:"
+
+    def encode_prompts(self, prompts):
+        """Texts, as they stand, or lists of messages -> lists of ids; one end-of-text for an empty prompt."""
+        texts = [prompt if isinstance(prompt, str) else self.render(prompt) for prompt in prompts]
+        return [ids or [self.eot] for ids in self.encode_batch(texts)]
+
     def decode(self, ids):
         """Ids -> text; ids that the vocabulary lacks and bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes.get(int(i), b"\xff") for i in ids).decode("utf-8", errors="replace")
@@ -70,8 +79,7 @@ class Tokenizer:
         vocab.write(folder, self.ranks, self.eot)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One pair
+# ---- One pair ----
 
 
 @dataclass
@@ -93,62 +101,57 @@ class Pair:
 
 
 def encode_pair(tokenizer, prompt, chosen, rejected, block_size, where=""):
-    """Texts -> Pair; a response is a list of segments, (text, scores or None). UnusablePair, DataError."""
+    """As encode_pairs, for one pair. Raises UnusablePair."""
     [pair] = encode_pairs(tokenizer, [(where, prompt, chosen, rejected)], block_size)
-    if isinstance(pair, DataError):
+    if isinstance(pair, UnusablePair):
         raise pair
     return pair
 
 
 def encode_pairs(tokenizer, texts, block_size):
     """[(where, prompt, chosen, rejected)] -> a Pair for each, or UnusablePair for an empty, identical or too
-    long response.
+    long response. A prompt is text or messages, a response a list of segments, (text, scores or None);
+    rejected is None for SFT. Prompt and responses are tokenised apart, each response whole and never cut; a
+    prompt keeps its last block_size - max(C, R) tokens; an empty one becomes an end-of-text, not scored."""
+    prompts = tokenizer.encode_prompts([prompt for _, prompt, *_ in texts])
+    strings = [["" if isinstance(prompt, str) else tokenizer.lead, *("".join(text for text, _ in side)
+                for side in sides if side is not None)] for _, prompt, *sides in texts]
+    ids = iter(tokenizer.encode_batch([lead + text for lead, *both in strings for text in both]))
+    return [make_pair(tokenizer, prompt, both, [next(ids) for _ in both], sides, block_size, where)
+            for prompt, (_, *both), (where, _, *sides) in zip(prompts, strings, texts, strict=True)]
 
-    Prompt and responses are tokenised apart, each response whole. A response is never cut; a prompt keeps its
-    last block_size - max(C, R) tokens; an empty prompt becomes one end-of-text, which is not scored.
-    """
-    strings = [[prompt, *("".join(text for text, _ in side) for side in sides)]
-               for _, prompt, *sides in texts]
-    ids = tokenizer.encode_batch([text for three in strings for text in three])
-    return [make_pair(tokenizer, three, sides, ids[3 * i:3 * i + 3], block_size, where)
-            for i, (three, (where, _, *sides)) in enumerate(zip(strings, texts, strict=True))]
 
-
-def make_pair(tokenizer, texts, segments, ids, block_size, where):
-    """The three texts of a pair, the segments of both responses, the ids of the three texts -> Pair."""
-    _, chosen, rejected = texts
-    if not chosen.strip() or not rejected.strip():
+def make_pair(tokenizer, prompt, texts, ids, segments, block_size, where):
+    """The ids of a prompt; texts, ids and segments of the two responses (of one, for SFT) -> Pair."""
+    if not all(text.strip() for text in texts):
         return UnusablePair("an empty response")
-    if chosen == rejected:
+    if len(texts) > len(set(texts)):
         return UnusablePair("identical responses")
-    prompt_ids = np.array(ids[0] or [tokenizer.eot], dtype=np.int32)
-    chosen_ids, rejected_ids = (np.array([*side, tokenizer.eot], dtype=np.int32) for side in ids[1:])
-    room = block_size - max(len(chosen_ids), len(rejected_ids))
+    room = block_size - max(map(len, ids)) - 1
     if room <= 0:
         return UnusablePair(f"a response that does not fit block_size {block_size}")
-    chosen_segment, chosen_scores = segments_of(tokenizer, chosen_ids, segments[0])
-    rejected_segment, rejected_scores = segments_of(tokenizer, rejected_ids, segments[1])
-    return Pair(prompt_ids[-room:], chosen_ids, rejected_ids, chosen_segment, rejected_segment,
-                chosen_scores, rejected_scores, where, cut=max(0, len(prompt_ids) - room))
+    ids = [np.array([*side, tokenizer.eot], dtype=np.int32) for side in ids]
+    sides = [(side, *segments_of(tokenizer, side, parts)) for side, parts in zip(ids, segments, strict=False)]
+    sides += [[x[:0] for x in sides[0]]] * (len(sides) == 1)  # SFT's rejected response holds no token
+    (chosen, chosen_segment, chosen_scores), (rejected, rejected_segment, rejected_scores) = sides
+    return Pair(np.array(prompt[-room:], dtype=np.int32), chosen, rejected, chosen_segment, rejected_segment,
+                chosen_scores, rejected_scores, where, cut=max(0, len(prompt) - room))
 
 
 def segments_of(tokenizer, ids, segments):
     """The segment of each response token (N,), and the scores (S, A) of segments [(text, scores or None)].
-
-    A token belongs to the segment that holds its last byte; end-of-text joins the last segment.
-    """
+    A token belongs to the segment that holds its last byte; end-of-text joins the last, a lead the first."""
     scores = np.array([scores or [] for _, scores in segments], dtype=np.float64)
     of_token = np.zeros(len(ids), dtype=np.int32)
     if len(segments) > 1:
         ends = np.cumsum([len(text.encode()) for text, _ in segments])  # the byte after each segment
-        last_byte = np.cumsum([len(tokenizer.token_bytes[i]) for i in ids[:-1].tolist()]) - 1
-        of_token[:-1] = np.searchsorted(ends, last_byte, side="right")
+        after = np.cumsum([len(tokenizer.token_bytes[i]) for i in ids[:-1].tolist()])  # and after each token
+        of_token[:-1] = np.searchsorted(ends + after[-1] - ends[-1], after, side="left")
         of_token[-1] = len(segments) - 1
     return of_token, scores
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A data set
+# ---- A data set ----
 
 
 ROW = np.dtype([(name, np.int64) for name in ("at", "P", "C", "R", "segment_at", "S_w", "S_l")])
@@ -199,15 +202,12 @@ class Pairs:
         """The pairs of an index array; the ids are shared."""
         return replace(self, rows=self.rows[index], where=[self.where[i] for i in index])
 
-    def chosen_only(self):
-        """The pairs without their rejected responses and scores: rows of SFT."""
+    def without_scores(self, chosen_only=False):
+        """The pairs for a loss that sums over whole responses; chosen_only: over the chosen one, as SFT."""
         rows = self.rows.copy()
-        rows["R"] = rows["S_l"] = 0
-        return replace(self.without_scores(), rows=rows)
-
-    def without_scores(self):
-        """The pairs for a loss that sums over whole responses."""
-        return replace(self, scores=np.zeros((len(self.segments), 0)))
+        if chosen_only:
+            rows["R"] = rows["S_l"] = 0
+        return replace(self, rows=rows, scores=np.zeros((len(self.segments), 0)))
 
     def score_maximum(self):
         """The largest score of each aspect on either side, (A,); 1 where an aspect is 0 throughout."""
@@ -243,18 +243,39 @@ def pack(pairs):
 
 
 def load(paths, tokenizer, block_size, alone=False):
-    """Read, check and tokenise data files -> (Pairs, lines to print). DataError lists what is malformed."""
-    from plumbing import formats
-    return formats.load(paths, tokenizer, block_size, alone)
+    """Read and tokenise files of pairs -> (Pairs, lines to print). DataError lists what is malformed.
+    alone: for SFT, which reads the chosen responses only, and records without a rejected one too."""
+    from plumbing import pairs as files
+    notes, malformed, aspects = [], [], {}
+
+    def usable_pairs(path):
+        counts, dropped, records = Counter(), {}, files.read(path, malformed, alone)
+        while texts := list(islice(records, 1000)):  # tokenised together
+            for text, pair in zip(texts, encode_pairs(tokenizer, texts, block_size), strict=True):
+                if isinstance(pair, UnusablePair):
+                    dropped.setdefault(str(pair), []).append(text[0])
+                else:
+                    ended = any(side[-1][0].rstrip().endswith(files.EOT) for side in text[2:] if side)
+                    counts.update(kept=1, cut=pair.cut > 0, ended=ended)
+                    aspects.setdefault(pair.chosen_scores.shape[-1], pair.where)
+                    yield pair
+        notes.append(files.describe(path, counts, dropped, block_size))
+
+    pairs = pack(pair for path in files.files_of(paths) for pair in usable_pairs(path))
+    for A in sorted(aspects.keys() - {0})[1:]:
+        malformed.append(("", aspects[A], f"{A} scores a segment, and another number in other pairs"))
+    if malformed or not len(pairs):
+        raise DataError("\n".join(files.listed(malformed) or [*notes, "no pair is left to train on"]))
+    if len(aspects) > 1:
+        notes.append(f"scores are ignored: {aspects[0]} has none")
+    return pairs, notes
 
 
 def hold_out(pairs, fraction=0.1, at_most=256):
     """Split into (training, held-out) pairs by a hash of the prompt: no prompt stands on both sides.
-
     The same data give the same split, whatever their order. At most `fraction` of the pairs (but one pair at
     least) is held out: a prompt with more pairs than are left to take is passed over. Where every prompt is
-    that frequent, the split is by pair. Raises DataError where there is no second pair.
-    """
+    that frequent, the split is by pair. Raises DataError where there is no second pair."""
     room = max(1, min(int(fraction * len(pairs)), at_most))
     for edges in ((0, 1), (1, 3)):  # the prompt; the responses
         key_of = pairs.keys(*edges)
@@ -269,8 +290,7 @@ def hold_out(pairs, fraction=0.1, at_most=256):
     raise DataError(f"{pairs.where[0]}: no group of pairs is small enough to hold out; pass --val_data")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Which pairs, in which order
+# ---- Which pairs, in which order ----
 
 
 @lru_cache(maxsize=2)
@@ -290,18 +310,14 @@ def micro_batches(pairs, index, size=None, tokens=10**9, multiple=1, packed=Fals
     index, micros = index[np.argsort(-pairs.lengths[index], kind="stable")], []
     while len(index):
         lengths = pairs.lengths[index]  # the longest first
-        if packed:
-            fit = np.searchsorted(lengths.cumsum(), tokens, side="right")
-        else:
-            fit = tokens // (math.ceil(lengths[0] / multiple) * multiple)
-        n = max(1, min(size or len(index), fit))
+        padded = lengths if packed else np.full_like(lengths, math.ceil(lengths[0] / multiple) * multiple)
+        n = max(1, min(size or len(index), np.searchsorted(padded.cumsum(), tokens, side="right")))
         micros.append(index[:n])
         index = index[n:]
     return micros
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pairs -> Batch
+# ---- Pairs -> Batch ----
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # branches of a pair
 TILE = 128  # columns that attention kernels work on at once
@@ -309,8 +325,8 @@ TILE = 128  # columns that attention kernels work on at once
 
 @dataclass
 class Batch:
-    """B pairs in B rows, or packed in one, and their response tokens listed flat: pair by pair, chosen then
-    rejected. G rows."""
+    """B pairs in G rows, one each or all packed in one; their response tokens are listed flat, pair by pair,
+    chosen then rejected."""
     tokens: torch.Tensor  # (G, T)
     positions: torch.Tensor  # (G, T), both responses continue from the prompt
     branch: torch.Tensor  # (G, T), PROMPT, CHOSEN, REJECTED or PADDING
@@ -319,7 +335,7 @@ class Batch:
     target: torch.Tensor  # (N,), that token
     response: torch.Tensor  # (N,), 2 b for the chosen response of pair b, 2 b + 1 for the rejected one
     segment: torch.Tensor  # (N,), response * S + k for a token of segment k
-    scores: torch.Tensor  # (B, 2, S, A), chosen and rejected; 0 where there is no segment
+    scores: torch.Tensor  # (B, 2, S, A), float64, chosen and rejected; 0 where there is no segment
     segment_mask: torch.Tensor  # (B, 2, S), True where a segment has a token
     length: torch.Tensor  # (B, 2), C and R
     pair: torch.Tensor  # (B,), the numbers of the pairs in their data set
@@ -346,18 +362,17 @@ class Batch:
     def mask(self):
         """(G, 1, T, T), True where a token (row) may attend to another (column); on CUDA, for a packed row,
         a BlockMask. None where each row is one response: plainly causal."""
-        packed = self.begins is not None
-        if not (self.branched or packed):
+        if self.begins is None and not self.branched:
             return None
-        if packed and self.tokens.is_cuda:
+        if self.begins is not None and self.tokens.is_cuda:
             return self.block_mask()
         G, T = self.tokens.shape
         q = torch.arange(T, device=self.tokens.device)
         return self.may_attend(torch.arange(G, device=q.device).view(G, 1, 1, 1), 0, q[:, None], q)
 
     def block_mask(self):
-        """The same for FlexAttention: of each TILE of queries, the tiles from its first pair's to its own."""
-        tile = np.arange(self.tokens.shape[1] // TILE)  # it looks back to where its first token's pair begins
+        """For FlexAttention: query tile i needs the key tiles from the start of its first pair up to i."""
+        tile = np.arange(self.tokens.shape[1] // TILE)
         first = self.begins[np.searchsorted(self.begins, TILE * tile, side="right") - 1] // TILE
         count = tile - first + 1
         index = np.where(tile < count[:, None], first[:, None] + tile, 0)
@@ -368,12 +383,10 @@ class Batch:
     def chunks(self, max_tokens):
         """(pairs, n): slices of whole pairs and of their response tokens, at most max_tokens, or one pair."""
         first = 0
-        while first < len(self):
-            end = first + 1
-            while end < len(self) and self.starts[end + 1] - self.starts[first] <= max_tokens:
-                end += 1
-            yield slice(first, end), slice(self.starts[first], self.starts[end])
-            first = end
+        for end in range(1, len(self) + 1):
+            if end == len(self) or self.starts[end + 1] - self.starts[first] > max_tokens:
+                yield slice(first, end), slice(self.starts[first], self.starts[end])
+                first = end
 
 
 def move(x, device):
@@ -441,8 +454,7 @@ def collate(pairs, multiple=1, packed=False):
                  branched=bool(length[:, 1].any()))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Batch -> the arguments of a loss
+# ---- Batch -> the arguments of a loss ----
 
 
 def pair_terms(batch, pairs, aspect_weights=(), **tokens):

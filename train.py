@@ -78,8 +78,7 @@ class Config:
     head_tokens: int | None = knob(None, "response tokens in a chunk; default 2^24 logits, cuda 2^28", 1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One micro-batch
+# ---- One micro-batch ----
 
 
 def precision(cfg):
@@ -163,8 +162,7 @@ def step(policy, reference, batch, loss, scale, cfg):
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | {"pair": batch.pair}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Many micro-batches
+# ---- Many micro-batches ----
 
 
 def row_length(pairs, cfg):
@@ -228,8 +226,7 @@ def evaluate(policy, reference, pairs, cfg):
     return metrics(joined(rows, len(pairs)), cfg)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop ----
 
 
 def count(pairs, index, loss):
@@ -279,8 +276,7 @@ def train(policy, reference, pairs, val, cfg, run):
         run.evaluate(i, evaluate, policy, reference, val, cfg)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# From flags to a trained policy
+# ---- From flags to a trained policy ----
 
 
 def prepared(model, cfg):
@@ -312,11 +308,9 @@ def as_read(pairs, cfg, maximum):
     """The pairs as the loss reads them: SFT without rejected responses; scores for losses on segments only,
     each aspect divided by its `maximum` over the training data."""
     terms = terms_of(LOSSES[cfg.loss])
-    if "rejected_logps" not in terms:
-        return pairs.chosen_only()
-    if "chosen_rewards" not in terms:
-        return pairs.without_scores()
-    return pairs.normalised(maximum, cfg.rejected_weight == "badness")
+    if "chosen_rewards" in terms:
+        return pairs.normalised(maximum, cfg.rejected_weight == "badness")
+    return pairs.without_scores(chosen_only="rejected_logps" not in terms)
 
 
 def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
@@ -332,7 +326,7 @@ def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
     pairs, val = (as_read(part, cfg, maximum) for part in (pairs, val))
     with folder.Run(cfg, identity, policy, tokenizer, pairs, val, maximum) as this:
         if this.finished:
-            return None
+            return report.say(f"{cfg.out_dir}: finished at step {cfg.steps}; more --steps go on from there")
         ranks.shard(policy)
         reference = no_reference
         if model:
@@ -343,8 +337,7 @@ def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
                 Memory(this.folder, pairs, cfg.dtype) if remembers else None)
         train(policy, reference, pairs, val, cfg, this)
         this.finish(policy, model)
-    best = report.ceiling(cfg.val_data or (() if cfg.data else flags.TOY[1:2]))
-    report.table(len(val), this.before, this.after, best)
+    report.table(len(val), this.before, this.after)
     return policy, model
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +11,7 @@ from safetensors import SafetensorError
 from plumbing import ranks
 from plumbing.errors import DataError, RunError
 
-# ---------------------------------------------------------------------------------------------------------
-# What people bring
+# ---- What people bring ----
 
 COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}  # by the module that opens it
 
@@ -41,8 +39,7 @@ def read_json_data(path):
         raise DataError(f"{path}: not JSON ({e})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What a run writes
+# ---- What a run writes ----
 
 
 @contextmanager
@@ -73,21 +70,6 @@ def write_atomically(path, write):
                 os.fsync(folder)
             finally:
                 os.close(folder)
-
-
-@ranks.only_main
-def write_folder(folder, write):
-    """Call write(an empty folder aside), then move the files that it wrote into place, one by one."""
-    aside = folder / "result.part"
-    with writing(aside):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        try:
-            write(aside)
-            for path in sorted(aside.iterdir()):
-                write_atomically(folder / path.name, path.rename)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path, value):

@@ -11,14 +11,12 @@ import torch
 
 import data
 from losses import LOSSES, SELECTING, TERMS, knobs_of, terms_of
-from model import GPTConfig
 from plumbing import machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, DataError, ModelError
 from plumbing.folder import check_free, is_free, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = tuple(str(ROOT / "toy" / f) for f in ("reviews-train.jsonl", "reviews-heldout.jsonl", "toy.tiktoken"))
-SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 
 
 def has_reference(loss):
@@ -29,8 +27,7 @@ def is_pairwise(loss):
     return "rejected_logps" in terms_of(loss)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# argv -> what was typed -> Config
+# ---- argv -> what was typed -> Config ----
 
 
 def parse(Config, argv):
@@ -43,20 +40,22 @@ def parse(Config, argv):
     parser.error = lambda message: report.fail("train.py", message)
     for name, field in Config.__dataclass_fields__.items():
         if name == "settings":
-            for knob, text in helps_of_settings().items():
-                parser.add_argument("--" + knob, type=float, help=text, metavar="FLOAT")
             continue
         text = field.metadata["help"].replace("%", "%%")
         if field.default not in (None, ()) and field.type is not bool:
             text += f"; default {field.default}"
-        kinds = [kind for kind in typing.get_args(field.type) or (field.type,) if kind is not type(None)]
-        if bool in kinds:
+        kind = next(kind for kind in typing.get_args(field.type) or (field.type,) if kind is not type(None))
+        if kind is bool:
             parser.add_argument("--" + name, action=argparse.BooleanOptionalAction, help=text)
-        elif kinds[0] is tuple:
+        elif kind is tuple:
             parser.add_argument("--" + name, nargs="+", help=text)
         else:
-            parser.add_argument("--" + name, type=kinds[0], help=text, metavar=kinds[0].__name__.upper(),
+            parser.add_argument("--" + name, type=kind, help=text, metavar=kind.__name__.upper(),
                                 choices=field.metadata["choices"])
+    for knob in dict.fromkeys(knob for loss in LOSSES.values() for knob in knobs_of(loss)):
+        readers = [f"{name} {knobs_of(x)[knob]}" for name, x in LOSSES.items() if knob in knobs_of(x)]
+        parser.add_argument("--" + knob, type=float, metavar="FLOAT",
+                            help="hyper-parameter of the loss; default: " + ", ".join(readers))
     typed = vars(parser.parse_args(argv))
     if "aspect_weights" in typed:
         words = " ".join(typed["aspect_weights"]).replace(",", " ").split()
@@ -65,15 +64,6 @@ def parse(Config, argv):
         except ValueError:
             raise ConfigError(f"--aspect_weights {' '.join(words)}: must be numbers") from None
     return {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
-
-
-def helps_of_settings():
-    """{hyper-parameter: help} of all losses: who reads it, and with which default."""
-    readers = {}
-    for name, loss in LOSSES.items():
-        for knob, default in knobs_of(loss).items():
-            readers.setdefault(knob, []).append(f"{name} {default}")
-    return {knob: "hyper-parameter of the loss; default " + ", ".join(x) for knob, x in readers.items()}
 
 
 def configure(Config, typed):
@@ -89,8 +79,7 @@ def configure(Config, typed):
     name = given.get("loss", Config.loss)
     if name not in LOSSES:
         raise ConfigError(f"--loss {name}: choose from {', '.join(LOSSES)}")
-    knobs = knobs_of(LOSSES[name])
-    settings = {knob: given.get(knob, default) for knob, default in knobs.items()}
+    settings = {knob: given.get(knob, default) for knob, default in knobs_of(LOSSES[name]).items()}
     if missing := [knob for knob, value in settings.items() if value is None]:
         raise ConfigError(f"--{missing[0]}: the loss {name} needs it; it has no default")
     if not is_pairwise(LOSSES[name]):
@@ -99,12 +88,12 @@ def configure(Config, typed):
     return Config(**{name: given[name] for name in fields}, settings=settings)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checks
+# ---- Checks ----
 
 
 def check(cfg, typed):
-    """Refuse values out of range, and typed flags that this run would not read."""
+    """Refuse values out of range, a loss that asks for an unknown term, and typed flags that it does not
+    read."""
     for name, field in cfg.__dataclass_fields__.items():
         value, low = getattr(cfg, name), field.metadata.get("at_least")
         if low is not None and value is not None and not low <= value < 2**63:
@@ -113,19 +102,10 @@ def check(cfg, typed):
         if not 0 <= value < math.inf or value == 0 and name in ("lr", "sft_lr", "beta"):
             raise ConfigError(f"--{name} {value}: must be positive and finite")
     if (size := cfg.n_embd * (12 * cfg.n_layer * cfg.n_embd + cfg.block_size)) > 1e11:
-        raise ConfigError(f"--n_layer, --n_embd, --block_size: a model of {size:.0e} parameters or more; "
-                          "choose smaller ones")
-    weights = cfg.aspect_weights
+        raise ConfigError(f"--n_layer, --n_embd, --block_size: {size:.0e} parameters; choose less")
+    weights, loss = cfg.aspect_weights, LOSSES[cfg.loss]
     if weights and not (all(w >= 0 for w in weights) and math.isclose(sum(weights), 1, abs_tol=1e-6)):
         raise ConfigError(f"--aspect_weights {' '.join(map(str, weights))}: must be >= 0 and sum to 1")
-    check_loss(cfg, typed)
-    if cfg.device:
-        check_device(cfg)
-
-
-def check_loss(cfg, typed):
-    """Refuse a loss that asks for an unknown term, and typed flags that it does not read."""
-    loss = LOSSES[cfg.loss]
     if unknown := [name for name in terms_of(loss) if name not in TERMS]:
         raise ConfigError(f"--loss {cfg.loss}: asks for {', '.join(unknown)}; a loss may ask for "
                           f"{', '.join(TERMS)}")
@@ -141,6 +121,8 @@ def check_loss(cfg, typed):
     if cfg.rejected_weight == "badness" and loss in SELECTING:
         raise ConfigError(f"--rejected_weight badness: not with {cfg.loss}, whose Eq. 6 selects by the same "
                           "score: 1 - score would select the best rejected segments")
+    if cfg.device:
+        check_device(cfg)
 
 
 def refuse_unread(typed, unread):
@@ -151,12 +133,9 @@ def refuse_unread(typed, unread):
 
 
 def check_device(cfg):
-    try:
-        kind = torch.device(cfg.device).type
-    except RuntimeError:
-        raise ConfigError(f"--device {cfg.device}: choose cpu, cuda, cuda:N or mps") from None
     if not machine.usable(cfg.device):
-        raise ConfigError(f"--device {cfg.device}: torch cannot use it here; choose cpu")
+        raise ConfigError(f"--device {cfg.device}: torch cannot use it here; choose cpu, cuda, cuda:N or mps")
+    kind = torch.device(cfg.device).type
     if kind == "mps" and cfg.dtype == "float64":
         raise ConfigError("--dtype float64: mps has none; choose float32")
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
@@ -174,16 +153,18 @@ def check_model(flag, name, model, cfg):
             raise ConfigError(f"--{flag} {name}: {key} holds NaN or infinity; choose an intact model")
 
 
-def check_vocabulary(flag, name, size, tokenizer):
-    """A model may have more rows than its own tokenizer's text has ids: added tokens, and rows that pad the
-    table. They are in the softmax, as where it was trained, but no text becomes them and none is sampled."""
-    if size < tokenizer.vocab_size or size > tokenizer.vocab_size and not vocab.is_in(name):
-        raise ConfigError(f"--{flag} {name}: has {size} token ids, the tokenizer {tokenizer.vocab_size}; "
-                          "choose the tokenizer it was trained with, or put its files into the folder")
+def check_tokens(flag, name, sizes, tokenizer):
+    """Refuse a model for other ids than the tokenizer's. It may have more rows than its own tokenizer's text
+    has ids, added tokens or padding: they are in the softmax, no text becomes them, none is sampled."""
+    has_own = vocab.is_in(name)
+    if sizes.vocab_size < tokenizer.vocab_size or sizes.vocab_size > tokenizer.vocab_size and not has_own:
+        raise ConfigError(f"--{flag} {name}: has {sizes.vocab_size} token ids, the tokenizer "
+                          f"{tokenizer.vocab_size}; choose the tokenizer that it was trained with")
+    if has_own and data.Tokenizer(name).hash != tokenizer.hash:
+        raise ConfigError(f"--{flag} {name}: has another tokenizer, which reads other ids")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The whole way
+# ---- The whole way ----
 
 
 def resolve(Config, argv):
@@ -196,33 +177,26 @@ def resolve(Config, argv):
     cfg = configure(Config, typed)
     check(cfg, typed)
     cfg = replace(cfg, out_dir=place_of_run(cfg), device=cfg.device or machine.best_device())
-    for flag in ("data", "val_data"):
-        for file in getattr(cfg, flag):
+    for flag, files in (("data", cfg.data), ("val_data", cfg.val_data)):
+        for file in files:
             if not os.path.exists(file):
                 raise ConfigError(f"--{flag} {file}: no such file")
     ranks.start(cfg.device)  # all have seen the folders before one writes
-    sizes, ref = model_sizes("init", cfg.init), model_sizes("ref", cfg.ref)  # first: no model, no tokenizer
+    sizes, ref = read_sizes("init", cfg.init), read_sizes("ref", cfg.ref)  # before a tokenizer is looked for
     tokenizer = load_tokenizer(cfg)
-    for flag, model in (("init", sizes), ("ref", ref)):
-        if model:
-            check_vocabulary(flag, getattr(cfg, flag), model.vocab_size, tokenizer)
-    if cfg.ref and vocab.is_in(cfg.ref) and data.Tokenizer(cfg.ref).hash != tokenizer.hash:
-        raise ConfigError(f"--ref {cfg.ref}: has another tokenizer than the policy; choose a reference "
-                          "that reads the same token ids")
+    for flag, found in (("init", sizes), ("ref", ref)):
+        if found:
+            check_tokens(flag, getattr(cfg, flag), found, tokenizer)
     if ref and ref.vocab_size != (rows := sizes.vocab_size if sizes else tokenizer.vocab_size):
-        raise ConfigError(f"--ref {cfg.ref}: has {ref.vocab_size} token ids, the policy {rows}; choose a "
-                          "reference with the same rows")
+        raise ConfigError(f"--ref {cfg.ref}: has {ref.vocab_size} rows of token ids, the policy {rows}")
     if sizes:
-        if (stops := pretrained.stops_of(pretrained.folder_of(cfg.init))) not in ([], [tokenizer.eot]):
-            report.say(f"--init {cfg.init} ends its texts at id {', '.join(map(str, stops))} (eos_token_id); "
-                       f"responses end in {vocab.EOT} here, id {tokenizer.eot}, and so will the result's")
-        for name in SIZES[:3]:
-            if name in typed and typed[name] != getattr(sizes, name):
-                raise ConfigError(f"--{name} {typed[name]}: --init has {getattr(sizes, name)}; leave it out")
-        block_size = {} if "block_size" in typed or cfg.resume else {"block_size": sizes.block_size}
-        cfg = replace(cfg, **{name: getattr(sizes, name) for name in SIZES[:3]} | block_size)
-    else:
-        GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)  # may refuse
+        own = {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_embd")}
+        for name in own.keys() & typed.keys():
+            if typed[name] != own[name]:
+                raise ConfigError(f"--{name} {typed[name]}: --init has {own[name]}; leave it out")
+        if "block_size" not in typed and not cfg.resume:
+            own["block_size"] = sizes.block_size
+        cfg = replace(cfg, **own)
     return for_machine(cfg, tokenizer.vocab_size), tokenizer
 
 
@@ -232,9 +206,12 @@ def place_of_run(cfg):
     out_dir = cfg.out_dir or next(free for n in range(1, 10000)
                                   if is_free(Path(free := name if n == 1 else f"{name}-{n}")))
     try:
-        check_free(Path(out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
+        check_free(Path(out_dir), cfg.resume, cfg.overwrite)
     except OSError as e:  # a name that is too long, a folder that may not be searched
         raise ConfigError(f"--out_dir {e.filename}: {e.strerror}") from None
+    for flag, model in (("init", cfg.init), ("ref", cfg.ref)):
+        if model and Path(model).resolve() == Path(out_dir).resolve():
+            raise ConfigError(f"--out_dir {out_dir}: is --{flag} too; choose another")
     if out_dir not in (cfg.out_dir, name):
         report.say(f"{name} is taken: this run goes into {out_dir}; --overwrite --out_dir {name} replaces it")
     return out_dir
@@ -247,27 +224,17 @@ def for_machine(cfg, vocab_size):
     if cuda and why_not and cfg.compile is None:
         report.say(f"torch.compile is off: {why_not} on this machine")
     pays = large and not why_not and kind in ("cpu", "cuda") and ranks.world() == 1
-    values = {"dtype": "bfloat16" if cuda else "float32",
-              "compile": pays and cuda,
+    values = {"dtype": "bfloat16" if cuda else "float32", "compile": pays and cuda,
               "compile_head": pays if cfg.compile is None else cfg.compile,
               "micro_batch_tokens": 32768 if cuda else 2048,
               "head_tokens": max(1, (2**28 if cuda else 2**24) // vocab_size)}
     cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
-    return replace(cfg, pack=packs(cfg))
-
-
-def packs(cfg):
-    """--pack, by default where FlexAttention has a kernel for the run. Without one, the mask of a packed row
-    on a GPU would be as large as the row squared."""
-    if torch.device(cfg.device).type != "cuda":
-        return bool(cfg.pack)
-    wanting = {"--compile": not cfg.compile, "float32 or bfloat16": cfg.dtype == "float64",
-               "16 channels a head": cfg.n_embd < 16 * cfg.n_head}
-    missing = [need for need, is_missing in wanting.items() if is_missing]
-    if cfg.pack and missing:
-        raise ConfigError(f"--pack: FlexAttention on cuda needs {' and '.join(missing)}; --no-pack does "
-                          "without it")
-    return not missing if cfg.pack is None else cfg.pack
+    # FlexAttention's kernel; without one, the mask of a packed row on a GPU is as large as the row squared
+    has_kernel = cuda and cfg.compile and cfg.dtype != "float64" and cfg.n_embd >= 16 * cfg.n_head
+    if cuda and cfg.pack and not has_kernel:
+        raise ConfigError("--pack: FlexAttention on cuda needs --compile, float32 or bfloat16, and 16 "
+                          "channels a head; --no-pack does without it")
+    return replace(cfg, pack=has_kernel if cfg.pack is None else cfg.pack)
 
 
 def sft_before(cfg):
@@ -279,7 +246,7 @@ def sft_before(cfg):
                    log_every=max(cfg.log_every, 50))
 
 
-def model_sizes(flag, name):
+def read_sizes(flag, name):
     """The GPTConfig of --init or --ref, or None."""
     if name is None:
         return None
@@ -294,14 +261,12 @@ def model_sizes(flag, name):
 
 def load_tokenizer(cfg):
     """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
-    own = data.Tokenizer(cfg.init) if cfg.init and vocab.is_in(cfg.init) else None
     try:
         given = data.Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     except DataError as e:
         raise ConfigError(f"--tokenizer: {e}") from None
-    if own and given and given.hash != own.hash:
-        raise ConfigError(f"--tokenizer {cfg.tokenizer}: --init {cfg.init} has another one; leave it out")
-    return own or given or data.Tokenizer("gpt2" if cfg.data or cfg.init else TOY[2])
+    own = data.Tokenizer(cfg.init) if cfg.init and vocab.is_in(cfg.init) else None
+    return given or own or data.Tokenizer("gpt2" if cfg.data or cfg.init else TOY[2])
 
 
 def load_data(cfg, tokenizer):
@@ -311,17 +276,17 @@ def load_data(cfg, tokenizer):
     if cfg.val_data or not cfg.data:
         val, more = data.load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size, alone)
         notes += more
-        held, trained = set(val.keys(0, 3)), set(pairs.keys(0, 3))
-        if held & trained:
-            notes.append(f"{len(held & trained)} of {len(held)} held-out pairs are training pairs too")
+        held = set(val.keys(0, 3))
+        if both := held & set(pairs.keys(0, 3)):
+            notes.append(f"{len(both)} of {len(held)} held-out pairs are training pairs too")
     else:
         pairs, val = data.hold_out(pairs)
         notes.append(f"held out, by prompt: {len(val)} pairs; {len(pairs)} are left to train on")
     if "chosen_rewards" in terms_of(LOSSES[cfg.loss]):
         A = pairs.n_aspects
         if not A or not val.n_aspects:
-            raise DataError(f"--loss {cfg.loss}: needs scores in every segment of every pair, and "
-                            '"scores": [] is none; tools/doctor.py --segment writes the form to fill in')
+            raise DataError(f"--loss {cfg.loss}: needs scores in every segment of every pair; "
+                            "tools/doctor.py --segment writes the form to fill in")
         if {val.n_aspects, len(cfg.aspect_weights) or A} != {A}:
             raise ConfigError(f"--aspect_weights: {len(cfg.aspect_weights)} weights for {A} aspects "
                               f"({val.n_aspects} in the held-out pairs)")

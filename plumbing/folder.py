@@ -1,23 +1,18 @@
-"""The folder of a run: lock, log, checkpoints, result. safetensors and JSON only.
+"""The folder of a run, safetensors and JSON only; each file is renamed when it is whole.
 
-    run.json            what the run is: config, identity (what determines its numbers), score_maximum; and
-                        how far it is: saved (step of the newest checkpoint), finished (steps, or null)
+    run.json            config, identity (what determines the numbers), score_maximum; and how far the run is:
+                        saved (step of the newest checkpoint), finished (steps, or null)
     log.jsonl           one record a line, the first says how to repeat the run
     checkpoints/        step-N.safetensors, the last two
     reference-train.npy what the reference says of each response token of the training pairs
-    model.safetensors   the result, with config.json and the tokenizer: a Hugging Face folder
-
-Every file is written aside, flushed to disk and renamed: a kill at any moment leaves the last good one.
-While `finished` is null, model.safetensors is absent or of an earlier end; `open_model` then reads the
-newest checkpoint.
+    model.safetensors   the result, with config.json and the tokenizer: a Hugging Face folder. While finished
+                        is null, it is absent or of an earlier end: open_model reads the newest checkpoint
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -30,7 +25,7 @@ from losses import LOSSES, terms_of
 from model import GPT
 from plumbing import checkpoints, machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, RunError
-from plumbing.files import write_atomically, write_folder, write_json, writing
+from plumbing.files import write_atomically, write_json, writing
 
 PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full in run.json
 # What a run's numbers do not depend on: its length, its place, what is printed, how the work is cut.
@@ -63,30 +58,22 @@ def full(path):
     return path if is_name else str(Path(path).resolve())
 
 
-def is_unfinished(folder):
-    """True for the folder of a run that goes on, or was interrupted."""
-    return Path(folder, "run.json").exists() and read_run(folder)["finished"] is None
-
-
 def open_model(name, vocab_multiple=1):
     """The GPT of a folder or a name; of a run that is not finished, with the weights of its newest
-    checkpoint, which is said. Raises ConfigError or ModelError."""
-    if not is_unfinished(name):
+    checkpoint, and it is said. Raises ConfigError or ModelError."""
+    if not Path(name, "run.json").exists() or read_run(name)["finished"] is not None:
         return GPT.from_pretrained(name, vocab_multiple)
     step, _, tensors = checkpoints.newest(Path(name))
     report.say(f"{name}: this run is not finished; its weights after step {step} are read")
     model = GPT(pretrained.read_config(Path(name)), vocab_multiple).eval()
-    tensors = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
-    size = model.config.vocab_size
     with torch.no_grad():
         for key, p in model.named_parameters():
-            rows = size if key == "wte.weight" else len(p)
-            p[:rows].copy_(tensors[key][:rows])
+            rows = model.config.vocab_size if key == "wte.weight" else len(p)  # the others are padding
+            p[:rows].copy_(tensors[f"model.{key}"][:rows])
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Which run is it?
+# ---- Which run is it? ----
 
 
 def identity_of(cfg, pairs, val, tokenizer, policy, reference):
@@ -94,14 +81,13 @@ def identity_of(cfg, pairs, val, tokenizer, policy, reference):
 
     policy, reference: the models at the start, or None where they follow from the rest.
     """
-    identity = {name: value for name, value in vars(cfg).items() if name not in FREE} | cfg.settings
-    identity["aspect_weights"] = list(cfg.aspect_weights)
     fields = ["prompt", "chosen"]
     if "rejected_logps" in terms_of(LOSSES[cfg.loss]):
         fields += ["rejected", "chosen_segment", "rejected_segment", "chosen_scores", "rejected_scores"]
-    identity |= {"data": pairs.hash(*fields), "val_data": val.hash(*fields)}
-    return identity | {"tokenizer": tokenizer.hash, "init": policy and weights_hash(policy),
-                       "ref": reference and weights_hash(reference)}
+    identity = {name: value for name, value in vars(cfg).items() if name not in FREE} | cfg.settings
+    return identity | {"aspect_weights": list(cfg.aspect_weights), "data": pairs.hash(*fields),
+                       "val_data": val.hash(*fields), "tokenizer": tokenizer.hash,
+                       "init": policy and weights_hash(policy), "ref": reference and weights_hash(reference)}
 
 
 def weights_hash(model):
@@ -113,13 +99,10 @@ def weights_hash(model):
     return h.hexdigest()
 
 
-OTHERS = {"data": "other pairs", "val_data": "other pairs", "init": "another model", "ref": "another model",
-          "tokenizer": "another tokenizer"}
-
-
 def check_identity(folder, then, now):
     """Refuse to go on with a run as another one, naming the flags that differ."""
-    differs = [f"--{key}: {OTHERS[key]} than the run's" if key in OTHERS else
+    others = {"data": "pairs", "val_data": "pairs", "init": "model", "ref": "model", "tokenizer": "tokenizer"}
+    differs = [f"--{key}: other {others[key]} than the run's" if key in others else
                f"--{key} {value}: the run has {then.get(key)}"
                for key, value in now.items() if then.get(key) != value]
     if differs:
@@ -133,18 +116,16 @@ def place_of_sft(cfg, pairs, val, tokenizer):
     identity, beside = identity_of(cfg, pairs, val, tokenizer, None, None), Path(cfg.out_dir)
     name = hashlib.sha256(json.dumps([identity, cfg.steps], sort_keys=True).encode()).hexdigest()[:8]
     for folder in (beside.with_name("sft"), beside.with_name(f"sft-{name}")):
-        if folder.resolve() == beside.resolve():
-            continue
-        begun = (folder / "run.json").exists()
-        run = read_run(folder) if begun else None
-        if begun and (run["identity"], run["config"]["steps"]) == (identity, cfg.steps) or is_free(folder):
+        run = read_run(folder) if (folder / "run.json").exists() else None
+        same = run and (run["identity"], run["config"]["steps"]) == (identity, cfg.steps)
+        if folder.resolve() != beside.resolve() and (same or is_free(folder)):
             break
     ranks.wait()  # all ranks have chosen before one writes
-    return dataclasses.replace(cfg, out_dir=str(folder), resume=begun), begun and run["finished"] is not None
+    finished = run and run["finished"] is not None
+    return dataclasses.replace(cfg, out_dir=str(folder), resume=bool(run)), finished
 
 
-# ---------------------------------------------------------------------------------------------------------
-# May this folder be written to?
+# ---- May this folder be written to? ----
 
 
 def files_of(folder):
@@ -157,11 +138,8 @@ def is_free(folder):
     return not folder.exists() or folder.is_dir() and not files_of(folder)
 
 
-def check_free(folder, models, resume, overwrite):
-    """Refuse a folder that holds something else, before any work. models: {flag: folder} that are read."""
-    for flag, name in models.items():
-        if name and Path(name).resolve() == folder.resolve():
-            raise ConfigError(f"--out_dir {folder}: is --{flag} too and would be overwritten; choose another")
+def check_free(folder, resume, overwrite):
+    """Refuse a folder that holds something else, before any work."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out_dir {folder}: is a file; choose a folder")
     kept = files_of(folder)
@@ -182,27 +160,25 @@ def claim(folder, identity, resume, overwrite):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout:
-        raise ConfigError(f"--out_dir {folder}: another process is writing there; choose another") from None
-    except OSError as e:
-        raise ConfigError(f"--out_dir {folder}: {e.strerror}; choose a folder that can be written") from None
-    try:
-        check_free(folder, {}, resume, overwrite)  # again: another process may have been there meanwhile
+        check_free(folder, resume, overwrite)  # again: another process may have been there meanwhile
         if resume:
             check_identity(folder, read_run(folder)["identity"], identity)
         elif overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
-            with writing(folder):
-                for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
-                    for path in folder.glob(pattern):
-                        path.unlink()
+            for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
+                for path in folder.glob(pattern):
+                    path.unlink()
         return lock
+    except Timeout:
+        raise ConfigError(f"--out_dir {folder}: another process is writing there; choose another") from None
+    except OSError as e:
+        lock.release()
+        raise ConfigError(f"--out_dir {folder}: {e.strerror}; choose a folder that can be written") from None
     except BaseException:
         lock.release()
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A run
+# ---- A run ----
 
 
 class Run:
@@ -211,28 +187,24 @@ class Run:
 
     def __init__(self, cfg, identity, policy, tokenizer, pairs, val, score_maximum):
         self.cfg, self.identity, self.folder = cfg, identity, Path(cfg.out_dir)
-        self.policy, self.tokenizer, self.pairs, self.val = policy, tokenizer, pairs, val
+        self.tokenizer, self.pairs, self.val = tokenizer, pairs, val
         config = dataclasses.asdict(cfg)
         config |= config.pop("settings") | {"ref": identity["ref"] and (cfg.ref or cfg.init)}
-        config |= {name: full(config[name]) for name in PATHS}
-        self.record = {"config": config, "identity": identity, "saved": 0, "finished": None,
+        self.record = {"config": config | {name: full(config[name]) for name in PATHS}, "identity": identity,
+                       "saved": 0, "finished": None,
                        "score_maximum": None if score_maximum is None else score_maximum.tolist()}
         self.about = report.header(cfg, policy, pairs, val)
         self.first, self.before, self.after = 0, None, None  # first: the step from which the run goes on
-        self.stopped, self.noted = None, set()
+        self.stopped, self.signals, self.handlers = None, [], {}
 
     def __enter__(self):
-        cfg, self.old_handlers, self.signals = self.cfg, {}, []
-        self.lock = ranks.on_main(claim, self.folder, self.identity, cfg.resume, cfg.overwrite)
+        self.lock = ranks.on_main(claim, self.folder, self.identity, self.cfg.resume, self.cfg.overwrite)
         try:
             if ranks.any_of(not self.folder.exists()):
                 raise ConfigError(f"--out_dir {self.folder}: another machine does not see what rank 0 writes "
                                   "there; choose a folder that all machines share")
-            then = read_run(self.folder) if cfg.resume else {"finished": None}
-            self.finished = then["finished"] == cfg.steps
-            if self.finished:
-                report.say(f"{self.folder}: finished at step {cfg.steps}; more --steps go on from there")
-            elif not cfg.resume:
+            self.finished = self.cfg.resume and read_run(self.folder)["finished"] == self.cfg.steps
+            if not self.cfg.resume:
                 write_json(self.folder / "run.json", self.record)
         except BaseException:
             self.__exit__()
@@ -241,39 +213,39 @@ class Run:
         def note(number, frame):
             """The step ends first; a second signal kills."""
             self.signals.append(signal.Signals(number))
-            signal.signal(number, self.old_handlers[number])
+            signal.signal(number, self.handlers[number])
 
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.old_handlers[number] = signal.signal(number, note)
+                self.handlers[number] = signal.signal(number, note)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.old_handlers.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.lock:
             self.lock.release()
 
     def restore(self, policy, optimizer):
         """Load the newest checkpoint of a resumed run, and open the log."""
-        if self.cfg.resume:
-            saved = read_run(self.folder)["saved"]
-            if saved or checkpoints.paths_of(self.folder):
-                self.first, state = checkpoints.load(self.folder, policy, optimizer)
-                check_identity(self.folder, state["identity"], self.identity)
-                self.before = state["before"]
-            else:
-                report.say(f"{self.folder}: nothing was saved before the interruption; the run begins again")
-            if self.first > self.cfg.steps:
-                raise ConfigError(f"--steps {self.cfg.steps}: the run is at step {self.first} already")
-            self.record["saved"] = self.first
-            write_json(self.folder / "run.json", self.record)  # now that nothing refuses it
-        if isinstance(policy, GPT):
-            ranks.only_main(pretrained.write_config)(policy, self.folder, self.tokenizer.eot)
-        ranks.only_main(self.tokenizer.save)(self.folder)
-        self.log_file = Log(self.folder / "log.jsonl", self.first,
+        cfg, folder = self.cfg, self.folder
+        if cfg.resume and (read_run(folder)["saved"] or checkpoints.paths_of(folder)):
+            self.first, state = checkpoints.load(folder, policy, optimizer)
+            check_identity(folder, state["identity"], self.identity)
+            self.before = state["before"]
+            if self.first > cfg.steps:
+                raise ConfigError(f"--steps {cfg.steps}: the run is at step {self.first} already")
+        elif cfg.resume:
+            report.say(f"{folder}: nothing was saved before the interruption; the run begins again")
+        self.record["saved"] = self.first
+        write_json(folder / "run.json", self.record)  # now that nothing refuses it
+        with writing(folder):  # so that a run that is stopped can be sampled
+            ranks.only_main(self.tokenizer.save)(folder)
+            if isinstance(policy, GPT):
+                ranks.only_main(pretrained.write_config)(policy, folder, self.tokenizer.eot)
+        self.log_file = Log(folder / "log.jsonl", self.first,
                             self.record | {"resumed_at": self.first} | self.about)
-        report.say(report.headline(self.cfg, self.about, self.first))
+        report.say(report.headline(cfg, self.about, self.first))
         self.clock, self.tokens = time.perf_counter(), []
 
     def steps(self):
@@ -297,19 +269,13 @@ class Run:
         """Write and print a log line with metrics(*args), where one is due."""
         if step % self.cfg.log_every and step not in (1, self.cfg.steps):
             return
-        seconds, tokens = time.perf_counter() - self.clock, int(sum(self.tokens))
-        m = metrics(*args) | {name: float(ranks.whole(x)) if torch.is_tensor(x) else x
-                              for name, x in numbers.items()}
+        seconds = time.perf_counter() - self.clock
+        m = metrics(*args) | {name: float(ranks.whole(x)) for name, x in numbers.items()}
         m["pairs_per_s"] = len(self.tokens) * self.cfg.batch_size / seconds
-        m["tokens_per_s"] = tokens / seconds
+        m["tokens_per_s"] = int(sum(self.tokens)) / seconds
         m["peak_memory"] = machine.peak_memory(self.cfg.device)
         self.log_file.write({"step": step} | {name: x for name, x in m.items() if not math.isnan(x)})
         report.say(report.line_of(step, m))
-        for name, text in report.alarms(step, m, self.pairs.rows["C"].mean()).items():
-            if name not in self.noted:  # once a run: an alarm does not pass by itself
-                report.say(f"  {text}")
-                self.log_file.write({"step": step, "note": text})
-                self.noted.add(name)
         self.clock, self.tokens = time.perf_counter(), []
 
     def save(self, step, policy, optimizer):
@@ -335,8 +301,10 @@ class Run:
             raise RunError(f"step {step}: the held-out loss is {found['loss']}; is --lr far too large?")
         if step:
             self.after = found
+            if note := report.remark(step, found, self.val.rows["C"].mean()):
+                self.log_file.write({"step": step, "note": note})
             if "rewards/accuracies" in found:
-                report.say(report.held_out_line(step, found, self.val.rows["C"].mean()))
+                report.say(report.held_out_line(found, note))
         else:
             self.before = found
             if self.identity["ref"] and self.identity["ref"] == self.identity["init"]:
@@ -345,15 +313,10 @@ class Run:
 
     def finish(self, policy, reference):
         """Write the trained model and its tokenizer; the run is then finished. Both models become whole."""
-        def write_result(aside):
-            policy.save_pretrained(aside, self.tokenizer.eot)
-            start = self.cfg.init
-            if not (start and vocab.is_in(start) and vocab.copy(start, aside)):
-                self.tokenizer.save(aside)
-
         for model in filter(None, (policy, reference)):
             ranks.unshard(model)
-        write_folder(self.folder, write_result)
+        with writing(self.folder):
+            ranks.only_main(policy.save_pretrained)(self.folder, self.tokenizer.eot)
         write_json(self.folder / "run.json", self.record | {"finished": self.cfg.steps})
         ranks.wait()  # the files are there before another rank reads them
 
@@ -372,13 +335,11 @@ class Log:
                 continue  # a line that a kill cut short
             if record.get("step", 0) < step or record.get("step") == step and "eval/loss" not in record:
                 kept.append(line)
-        write_atomically(path, lambda part: part.write_bytes(b"".join(kept)))
         self.path = path
+        write_atomically(path, lambda part: part.write_bytes(b"".join(kept)))
         self.write(header)
 
     @ranks.only_main
     def write(self, record):
-        line = json.dumps(record).encode() + b"\n"
-        with writing(self.path), open(self.path, "ab", buffering=0) as f:
-            if f.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with writing(self.path), open(self.path, "ab") as f:
+            f.write(json.dumps(record).encode() + b"\n")

@@ -43,14 +43,12 @@ def only_main(function):
 def start(device):
     """Join the other ranks, and wait for all of them. A dead rank ends the run at once (its connections
     close, torchrun ends the others), one that hangs after half an hour."""
-    if world() == 1:
-        return
-    if not dist.is_initialized():
+    if world() > 1 and not dist.is_initialized():
         gpu = None if device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if gpu:
             torch.cuda.set_device(gpu)  # what "cuda" means from here on
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30), device_id=gpu)
-    dist.barrier()
+    wait()
 
 
 def wait():
@@ -79,8 +77,8 @@ def shard_over(model, n):
     """fully_shard; a frozen model's head stays whole: no backward will gather it again."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    trained = any(p.requires_grad for p in model.parameters())
     mesh = init_device_mesh(model.wte.weight.device.type, (n,))
+    trained = any(p.requires_grad for p in model.parameters())
     for module in (*model.h, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)  # a sum over ranks, not a mean
@@ -134,23 +132,18 @@ def gather(terms, n):
     return dict(zip(terms, values, strict=True))
 
 
-def largest(number):
-    """The largest of the ranks' whole numbers, on every rank."""
+def any_of(number):
+    """The largest of the ranks' whole numbers or truth values, on every rank."""
     if world() == 1:
         return number
-    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    number = torch.tensor(int(number), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
 
 
-def any_of(value):
-    """True on every rank if it is True on one."""
-    return bool(largest(int(value)))
-
-
 def agree(signals):
     """The signals that arrived here -> the one on which all ranks act in the same step, or None."""
-    number = largest(int(signals[0]) if signals else 0)
+    number = any_of(int(signals[0]) if signals else 0)
     return signal.Signals(number) if number else None
 
 
@@ -177,8 +170,3 @@ def like(p, tensor):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return tensor
-
-
-def is_lost(error):
-    """True if a connection to another rank ended, or a wait for it took too long."""
-    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())

@@ -1,14 +1,12 @@
 """What is printed: lines, the table, what numbers usually mean, and errors in one line."""
 
 import dataclasses
-import json
 import math
 import platform
 import shlex
 import signal
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -29,8 +27,7 @@ def bar(items, name, *sizes, **options):
     return tqdm(items, name, *sizes, **options, disable=True if ranks.rank() else None)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A run's lines
+# ---- A run's lines ----
 
 
 def header(cfg, policy, pairs, val):
@@ -59,7 +56,7 @@ def sft_first(cfg, folder, finished):
 
 def check_start(m, cfg):
     """Policy and reference are one model: raise RunError unless the first evaluation shows it."""
-    nats = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}[cfg.dtype]
+    nats = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2}[cfg.dtype]
     off = max(abs(m[name]) for name in m if name.startswith(("logratio/", "kl/")))
     if not off <= nats:  # NaN too
         raise RunError(f"policy and reference are equal, yet their log-probabilities differ by {off:.2g} "
@@ -79,29 +76,26 @@ def line_of(step, m):
     return line + f"  |grad| {m['grad_norm']:.2f}  {m['pairs_per_s']:.0f} pairs/s"
 
 
-def held_out_line(step, m, length):
-    """An evaluation in one line. length: tokens of the mean chosen response."""
-    line = f"  held-out: loss {m['loss']:.4f}, accuracy {m['rewards/accuracies']:.3f}"
-    for text in alarms(step, m, length).values():
-        return f"{line}; {text}"
-    if "rewards/margins" not in m:
-        return line
-    chosen, rejected = m["logratio/chosen"], m["logratio/rejected"]
-    also = ": both fall, which is common" if rejected < chosen < 0 else ""
-    return f"{line}; chosen {chosen:+.2f}, rejected {rejected:+.2f} nats from the reference{also}"
-
-
-def alarms(step, m, length):
-    """{name: one line} on numbers that usually mean a mistake."""
-    found, lost = {}, -m.get("logratio/chosen", 0.0) / length
+def remark(step, m, length):
+    """One line on numbers that usually mean a mistake, or "". length: tokens of the mean chosen response."""
+    lost = -m.get("logratio/chosen", 0.0) / length
     if "rewards/margins" in m and step >= 50 and m["rewards/margins"] == 0:
-        found["stuck"] = "the margin is still exactly 0: nothing is learned; is --lr far too small?"
-    if step <= 5 and m.get("rewards/accuracies", 0) == 1:
-        found["early"] = "accuracy 1.0 this early: does something cheap give it away? (tools/doctor.py)"
+        return "the margin is still exactly 0: nothing is learned; is --lr far too small?"
+    if step <= 5 and m.get("rewards/accuracies") == 1:
+        return "accuracy 1.0 this early: does something cheap give the answer away? (tools/doctor.py)"
     if lost > 0.5:
-        found["unlearned"] = (f"chosen responses have lost {lost:.1f} nats a token, good answers too: "
-                              "a smaller --lr or a larger --beta slows it, dpop is made against it")
-    return found
+        return (f"chosen responses have lost {lost:.1f} nats a token: good answers are unlearned too; a "
+                "smaller --lr or a larger --beta slows it, dpop is made against it")
+    return ""
+
+
+def held_out_line(m, note):
+    line = f"  held-out: loss {m['loss']:.4f}, accuracy {m['rewards/accuracies']:.3f}"
+    if "rewards/margins" in m and not note:
+        chosen, rejected = m["logratio/chosen"], m["logratio/rejected"]
+        note = f"log-ratio chosen {chosen:+.2f}, rejected {rejected:+.2f}"
+        note += ": both fall, which is common" if rejected < chosen < 0 else ""
+    return f"{line}; {note}" if note else line
 
 
 def unhealthy_step(step, terms, norm, places):
@@ -117,8 +111,7 @@ def stopped(number, step, cfg):
         "or, where this is the SFT before another run, with that run's command again")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The end of a run
+# ---- The end of a run ----
 
 TABLE = {  # metric -> its name in the final table
     "loss": "loss",
@@ -131,22 +124,14 @@ TABLE = {  # metric -> its name in the final table
 }
 
 
-def table(n, before, after, best):
-    """The metrics over n held-out pairs, before and after. best: the accuracy that noisy labels allow."""
+def table(n, before, after):
+    """The metrics over n held-out pairs, before and after."""
     say(f"\n{f'{n} held-out pairs':36}{'before':>10}{'after':>10}")
-    for metric in [name for name in TABLE if name in after]:
-        name = TABLE[metric] if "rewards/accuracies" in after else "loss per token, nats"
-        noisy = best and metric == "rewards/accuracies"
-        note = f"   ceiling {best:.4f}, the labels are noisy" if noisy else ""
-        say(f"{name:36}{before[metric]:10.4f}{after[metric]:10.4f}{note}")
+    for metric, name in TABLE.items():
+        if metric in after:
+            name = name if "rewards/accuracies" in after else "loss per token, nats"
+            say(f"{name:36}{before[metric]:10.4f}{after[metric]:10.4f}")
     say("")
-
-
-def ceiling(files):
-    """The best accuracy on held-out files, where NAME.meta.json beside the one NAME.jsonl tells it."""
-    for file in files if len(files) == 1 else ():
-        meta = Path(str(file).removesuffix(".gz")).with_suffix(".meta.json")
-        return json.loads(meta.read_bytes()).get("accuracy_ceiling") if meta.exists() else None
 
 
 @ranks.only_main
@@ -196,8 +181,7 @@ def sampling(model, tokenizer):
         model.config = config
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Errors
+# ---- Errors ----
 
 
 def fail(program, message):
@@ -233,10 +217,6 @@ def one_line_errors(program):
     except KeyboardInterrupt:  # before the first step, or a second one
         sys.exit(128 + signal.SIGINT)
     except Exception as e:
-        if ranks.is_lost(e):
-            ranks.yield_to_main()
-            sys.exit(f"{program}: rank {ranks.rank()}: another rank has ended, or hangs; --resume goes on "
-                     f"from the last checkpoint with any number of ranks ({str(e).splitlines()[0]:.160})")
         for signs, advice in ADVICE.items():
             if any(sign in f"{type(e).__module__} {e}" for sign in signs):
                 e.add_note(advice)
