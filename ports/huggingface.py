@@ -16,16 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 import train  # isort: skip  (before torch, which reads its settings when it is imported)
 
 import shlex
+import shutil
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from losses import LOSSES
 from model import GPTConfig, sample_token
 from plumbing import flags, folder, machine, ranks, report
 from plumbing.errors import ConfigError, RunError
-from ports.huggingface_setup import Tokenizer, check_numbers, loaded, one_line, plain_logps, positions_of, resolve
+from ports.huggingface_setup import check_numbers, choose_trunk, loaded, one_line, plain_logps, positions_of, resolve
 
 
 class Given(dict):
@@ -39,13 +41,13 @@ class Given(dict):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model as train.py asks for it. check_numbers sets `trunks` and `rows`."""
+    """A causal language model as train.py asks for it. check_numbers sets `trunks` and `shared`."""
 
     def __init__(self, model, saved_as=None, source=None):
         """saved_as: {name: dtype} of the tensors in the result. source: opens a saved folder as it was opened."""
         super().__init__()
         self.model, self.saved_as, self.source = model, saved_as or {}, source
-        self.trunks, self.rows = [model.get_decoder()], "shared"  # in a list: it is a part of the model already
+        self.trunks, self.shared = [model.get_decoder()], True  # in a list: it is a part of the model already
         self.peft, self.probe = [], None  # with adapters: the model of peft; ids of a row that is compared at the end
         self.config = GPTConfig(self.wte.num_embeddings, positions_of(model.config), 1, 1, self.wte.embedding_dim)
 
@@ -72,7 +74,7 @@ class Policy(torch.nn.Module):
         """The hidden states of rows that data.collate made, (B, T) -> (B, T, C)."""
         if mask is None:
             return self.trunk(tokens)
-        if self.rows == "shared":  # the mask in numbers, which every kind of attention can add
+        if self.shared:  # the mask in numbers, which every kind of attention can add
             bias = torch.zeros_like(mask, dtype=self.wte.weight.dtype)
             bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
             return self.trunk(tokens, position_ids=positions, attention_mask=bias)
@@ -81,14 +83,9 @@ class Policy(torch.nn.Module):
         start = 1 + (positions[:, 1:] <= positions[:, :-1]).int().argmax(-1, keepdim=True)  # of rejected
         P, width = positions.gather(1, start), positions.max() + 1
         skip = torch.where(column < P, column, column + start - P).clamp(max=len(column) - 1)
-        if self.rows == "two":
-            chosen, rejected = self.trunk(torch.cat([tokens, tokens.gather(1, skip)])[:, :width]).chunk(2)
-        else:  # one pair: each row has its own length
-            chosen = self.trunk(tokens[:, :start.item()])
-            rejected = self.trunk(tokens.gather(1, skip)[:, :positions[:, start.item():].max() + 1])
-        chosen, rejected = (x.gather(1, positions.clamp(max=x.shape[1] - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-                            for x in (chosen, rejected))
-        return torch.where((column < start).unsqueeze(-1), chosen, rejected)
+        chosen, rejected = self.trunk(torch.cat([tokens, tokens.gather(1, skip)])[:, :width]).chunk(2)
+        at = positions.unsqueeze(-1).expand(-1, -1, chosen.shape[-1])
+        return torch.where((column < start).unsqueeze(-1), chosen.gather(1, at), rejected.gather(1, at))
 
     def trunk(self, tokens, **given):
         return self.trunks[0](input_ids=tokens, use_cache=False, **given).last_hidden_state
@@ -117,17 +114,23 @@ class Policy(torch.nn.Module):
         return tokens
 
     def save_pretrained(self, folder, eos):
-        """Write the model, each tensor in the dtype that the start has it in, and compare what the folder says with
-        what memory says. RunError where they differ."""
+        """Write the model, each tensor in the dtype that the start has it in, aside first: it takes its place where
+        it says, opened again, what memory says. RunError where it does not."""
+        aside = Path(folder, "result.part")
+        shutil.rmtree(aside, ignore_errors=True)
         for model in self.peft:
             model.merge_and_unload()
         for name, x in [*self.model.named_parameters(), *self.model.named_buffers()]:
             x.data = x.data.to(self.saved_as.get(name, x.dtype))
-        self.model.save_pretrained(folder)
+        state = dict(self.model.named_parameters(remove_duplicate=False))  # state_dict() would shard again
+        for name, m in self.model.named_modules():
+            state |= {f"{name}.{key}".lstrip("."): x for key, x in m.named_buffers(recurse=False)
+                      if key not in m._non_persistent_buffers_set}
+        self.model.save_pretrained(aside, state_dict=state)
         rows = [(self.probe.to(self.wte.weight.device), 1)]
         with torch.no_grad():
             try:
-                again = self.source(folder).to(rows[0][0].device)
+                again = self.source(aside).to(rows[0][0].device)
                 off = (plain_logps(again, rows) - plain_logps(self.model, rows)).abs().max().item()
             except Exception as e:  # transformers raises what it likes
                 raise RunError(f"the trained model, saved, cannot be opened again ({one_line(e)}); its weights are in "
@@ -135,6 +138,9 @@ class Policy(torch.nn.Module):
         if not off <= 1e-3:
             raise RunError(f"the trained model, saved and opened again, gives other log-probabilities (by {off:.1e} "
                            "nats); its weights are in the last checkpoint")
+        for path in aside.iterdir():
+            path.replace(Path(folder, path.name))
+        aside.rmdir()
 
 
 class WithoutAdapters(torch.nn.Module):
@@ -214,20 +220,19 @@ def models(cfg, rank, tokenizer, *data):
                           "has not")
     report.say(f"{cfg.init}: {check_numbers(policy, data, cfg, f'--init {cfg.init}')}")
     policy.probe = torch.from_numpy(data[0].ids[:64]).long()
-    if with_ref and (cfg.ref or not rank):
+    other = cfg.ref not in (None, cfg.init)
+    if with_ref and (other or not rank):
         ref = load("ref", cfg.ref or cfg.init, cfg, tokenizer.eot)
-        if cfg.ref:
+        if other:
             if loaded(AutoTokenizer, cfg.ref).get_vocab() != tokenizer.own.get_vocab():
                 raise ConfigError(f"--ref {cfg.ref}: has another tokenizer than the policy")
             report.say(f"{cfg.ref}: {check_numbers(ref, data, cfg, f'--ref {cfg.ref}')}")
         else:
             names = {id(m): name for name, m in policy.model.named_modules()}
-            ref.rows, ref.trunks = policy.rows, [ref.model.get_submodule(names[id(policy.trunks[0])])]
+            ref.shared, ref.trunks = policy.shared, [ref.model.get_submodule(names[id(policy.trunks[0])])]
         ref.requires_grad_(False)
     elif with_ref:
         ref, identity["ref"] = WithoutAdapters(policy), identity["init"]
-    if "alone" in (policy.rows, ref.rows if isinstance(ref, Policy) else None):
-        cfg = replace(cfg, micro_batch_size=1)
     if cfg.compile:
         for model in filter(None, (policy, ref)):
             machine.compile_blocks(model, dynamic=True)
@@ -235,20 +240,16 @@ def models(cfg, rank, tokenizer, *data):
 
 
 def ask(cfg, tokenizer, text):
-    """Print an answer of --init and, where it is the folder of a run, of that run's reference."""
-    is_run = Path(cfg.init, "run.json").exists()
-    names = {"reference": folder.read_run(cfg.init)["config"]["ref"] if is_run else None, "policy": cfg.init}
-    chat = tokenizer.own.chat_template
-    [prompt] = tokenizer.encode_prompts([[{"role": "user", "content": text}] if chat else text])
-    for role, name in names.items():
-        if name:
-            model = load("init", name, cfg, tokenizer.eot)
-            check_trunk(model, prompt, cfg)
-            report.say(f"{role:10} {report.answer(model, tokenizer, prompt, cfg.seed)}")
+    """Print an answer of --init to a text, which is a user's message where the model has a chat template."""
+    [prompt] = tokenizer.encode_prompts([[{"role": "user", "content": text}] if tokenizer.own.chat_template else text])
+    policy = load("init", cfg.init, cfg, tokenizer.eot)
+    choose_trunk(policy, torch.tensor([*prompt, tokenizer.eot], device=cfg.device), 1e-3, f"--init {cfg.init}")
+    report.say(report.answer(policy, tokenizer, prompt, cfg.seed))
 
 
 def main(argv=None):
     machine.tune_allocator()
+    disable_progress_bar()  # of files that are opened and written
     report.PROGRAM = "ports/huggingface.py"
     with report.one_line_errors("huggingface.py"):
         cfg, rank, tokenizer, text = resolve(argv)

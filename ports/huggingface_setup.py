@@ -4,22 +4,24 @@ import argparse
 import re
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+import data
 import train
-from data import DataError, Tokenizer as Own, collate
+from data import DataError, collate
 from losses import LOSSES, terms_of, token_logps
 from plumbing import flags, machine, ranks, vocab
 from plumbing.errors import ConfigError
-from plumbing.folder import is_unfinished, read_run
+from plumbing.folder import read_run
 
 
-class Tokenizer:
-    """data.Tokenizer's methods by a tokenizer of transformers. Messages are rendered by its chat template, if it
-    has one, else as the core does; a string is taken as it stands, after begin-of-text if the model has one."""
+class Tokenizer(data.Tokenizer):
+    """A tokenizer of transformers. Messages are rendered by its chat template, or as the core does where it has
+    none; a string is taken as it stands, after begin-of-text if the model has one."""
 
     def __init__(self, own, segmented=False):
         """own: of AutoTokenizer. segmented: for a loss that finds the segments of responses by bytes."""
@@ -28,7 +30,7 @@ class Tokenizer:
             raise ConfigError("--init: holds no tokenizer that transformers can read")
         identity = sorted(own.get_vocab().items()), own.chat_template
         self.hash = sha256(repr(identity).encode()).hexdigest()
-        self.lead = "" if own.chat_template else Own.lead
+        self.lead = "" if own.chat_template else super().lead
         self.eot = self.end_of_turn() if own.chat_template else own.eos_token_id
         if self.eot is None:
             raise ConfigError("the tokenizer has no eos_token to close a response with; set one")
@@ -71,9 +73,14 @@ class Tokenizer:
 
     def encode_prompts(self, prompts):
         """Prompts, strings or lists of messages -> lists of ids."""
-        return [self.begin + self.encode(prompt) if isinstance(prompt, str) else
-                self.own.encode(self.render(prompt), add_special_tokens=False) if self.own.chat_template else
-                self.begin + self.encode(self.render(prompt)) for prompt in prompts]
+        ids = []
+        for prompt in prompts:
+            text = prompt if isinstance(prompt, str) else self.render(prompt)
+            if text is not prompt and self.own.chat_template:
+                ids.append(self.own.encode(text, add_special_tokens=False))
+            else:
+                ids.append(self.begin + self.encode(text) or [self.eot])
+        return ids
 
     def render(self, messages):
         """Messages -> text, up to where the answer begins."""
@@ -81,7 +88,7 @@ class Tokenizer:
         for message in messages:
             self.checked(message["content"])
         if not self.own.chat_template:
-            return Own.render(self, messages)
+            return super().render(messages)
         try:
             return self.own.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as e:  # a template raises what it likes
@@ -97,7 +104,7 @@ class Tokenizer:
 
 def loaded(kind, name, **kwargs):
     """From a folder, or from huggingface.co by name."""
-    if is_unfinished(name):
+    if Path(name, "run.json").exists() and read_run(name)["finished"] is None:
         raise ConfigError(f"{name}: this run is not finished; go on with it, python ports/huggingface.py --resume "
                           f"--out_dir {name}")
     try:
@@ -114,8 +121,7 @@ def resolve(argv):
         "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head, --pack. --lr is 1e-6, with --lora 1e-5.")
     parser.add_argument("--lora", type=int, metavar="RANK",
                         help="train adapters of this rank, with peft; default 0: the model's own weights")
-    parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init and, where it is the folder of a "
-                        "run, of its reference; nothing is trained")
+    parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init; nothing is trained")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & {*rest}:
         parser.print_help()
@@ -152,6 +158,7 @@ def positions_of(config):
 # Numbers decide: which trunk, which rows
 
 
+SMALLER = "where long texts are the reason, a smaller --block_size avoids it"
 LIMIT = re.compile(r"window|chunk|top_?k|position|local|length|span|block|ctx|budget|rel_extent")
 
 
@@ -224,7 +231,7 @@ def plain_logps(model, rows):
 
 def check_numbers(policy, data, cfg, name):
     """Choose trunk and rows by numbers: the log-probabilities of telling pairs, long and short ones in one
-    micro-batch, must be those of the model's own in plain rows. Sets policy.trunks and policy.rows.
+    micro-batch, must be those of the model's own in plain rows. Sets policy.trunks and policy.shared.
 
     data: some Pairs. Returns what to print. ConfigError where no way is right.
     """
@@ -242,26 +249,26 @@ def check_numbers(policy, data, cfg, name):
     again = [plain_logps(policy.model, [row]) for row in rows[::-1]]
     if (off := (torch.cat(again[::-1]) - plain).abs().max()) > tolerance:
         raise ConfigError(f"{name}: its own log-probabilities change by {off:.1e} nats with the rows it has seen "
-                          f"before; a --block_size below {cfg.block_size} may keep it from there")
+                          f"before; {SMALLER}")
     why = "a shared prompt changes its numbers"
-    for policy.rows, size in ("shared", 2), ("two", 2), ("alone", 1):
+    for policy.shared in (True, False):
         try:
-            found = [train.response_logps(policy, collate(pairs[i:i + size]).to(cfg.device), cfg)
-                     for i in range(0, len(pairs), size)]
+            found = [train.response_logps(policy, collate(pairs[i:i + 2]).to(cfg.device), cfg)
+                     for i in range(0, len(pairs), 2)]
             off = (torch.cat(found) - plain).abs().max().item()
         except Exception as e:  # a model that takes no positions or no such mask raises what it likes
             off, why = np.inf, f"it takes no shared prompt ({one_line(e)})"
         if off <= tolerance:
             break
     else:
-        raise ConfigError(f"{name}: log-probabilities differ from the model's own by {off:.1e} nats; {why}")
+        raise ConfigError(f"{name}: log-probabilities differ from the model's own by {off:.1e} nats, with one row a "
+                          f"pair and with two; {SMALLER}")
     try:
-        train.hidden_states(policy, collate(pairs[:1]).to(cfg.device), cfg).sum().backward()
-    except RuntimeError as e:
+        with torch.enable_grad():
+            train.hidden_states(policy, collate(pairs[:1]).to(cfg.device), cfg).sum().backward()
+    except Exception as e:
         raise ConfigError(f"{name}: cannot be differentiated ({one_line(e)})") from None
     policy.zero_grad(set_to_none=True)
     if policy.fingerprint() != before:
         raise ConfigError(f"{name}: changes its own weights when it runs, so what is trained would not be what is saved")
-    return {"shared": "one row a pair, the prompt shared", "two": f"two rows a pair: {why}",
-            "alone": "two rows a pair, one pair at a time: its numbers change with what else is in a micro-batch"}[
-                policy.rows]
+    return "one row a pair, the prompt shared" if policy.shared else f"two rows a pair: {why}"
