@@ -1,4 +1,4 @@
-"""What ports/huggingface.py needs before it trains: the tokenizer, the flags, the check of a model by its numbers."""
+"""What ports/huggingface.py needs before it trains: tokenizer, flags, and a check of the model by numbers."""
 
 import argparse
 import re
@@ -12,16 +12,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 import data
 import train
-from data import DataError, collate
 from losses import LOSSES, terms_of, token_logps
 from plumbing import flags, machine, ranks, vocab
-from plumbing.errors import ConfigError
+from plumbing.errors import ConfigError, DataError
 from plumbing.folder import read_run
 
 
 class Tokenizer(data.Tokenizer):
-    """A tokenizer of transformers. Messages are rendered by its chat template, or as the core does where it has
-    none; a string is taken as it stands, after begin-of-text if the model has one."""
+    """A tokenizer of transformers. Messages are rendered by its chat template, or as the core does where there
+    is none; a string is taken as it stands, after begin-of-text if the model has one."""
 
     def __init__(self, own, segmented=False):
         """own: of AutoTokenizer. segmented: for a loss that finds the segments of responses by bytes."""
@@ -53,11 +52,10 @@ class Tokenizer(data.Tokenizer):
         return first[0] if first and first[0] in self.own.added_tokens_decoder else self.own.eos_token_id
 
     def checked(self, text):
-        """The text, if no part of it is a special token's: one that was rendered already would be rendered twice,
-        and a user's would end his turn."""
+        """A text without special tokens. One that holds some was rendered already, or would end its turn."""
         if found := self.special.search(text):
-            raise DataError(f"{text[:40]!r}: holds {found[0]!r}, a special token of the tokenizer. It is added where "
-                            "it belongs: give the messages that were rendered, or the text without it")
+            raise DataError(f"{text[:40]!r}: holds {found[0]!r}, a special token, which is added where it "
+                            "belongs; give the messages before they were rendered, or the text without it")
         return text
 
     def encode(self, text):
@@ -73,14 +71,8 @@ class Tokenizer(data.Tokenizer):
 
     def encode_prompts(self, prompts):
         """Prompts, strings or lists of messages -> lists of ids."""
-        ids = []
-        for prompt in prompts:
-            text = prompt if isinstance(prompt, str) else self.render(prompt)
-            if text is not prompt and self.own.chat_template:
-                ids.append(self.own.encode(text, add_special_tokens=False))
-            else:
-                ids.append(self.begin + self.encode(text) or [self.eot])
-        return ids
+        return [self.begin + self.encode(prompt) or [self.eot] if isinstance(prompt, str) else
+                self.own.encode(self.render(prompt), add_special_tokens=False) for prompt in prompts]
 
     def render(self, messages):
         """Messages -> text, up to where the answer begins."""
@@ -88,12 +80,12 @@ class Tokenizer(data.Tokenizer):
         for message in messages:
             self.checked(message["content"])
         if not self.own.chat_template:
-            return super().render(messages)
+            return (self.own.bos_token if self.begin else "") + super().render(messages)
         try:
             return self.own.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as e:  # a template raises what it likes
-            raise DataError(f"{messages[-1]['content'][:40]!r}: the model's chat template refuses this conversation "
-                            f"({e}); change the record") from None
+            raise DataError(f"{messages[-1]['content'][:40]!r}: the model's chat template refuses this "
+                            f"conversation ({e}); change the record") from None
 
     def decode(self, ids):
         return self.own.decode([int(i) for i in ids])
@@ -105,47 +97,11 @@ class Tokenizer(data.Tokenizer):
 def loaded(kind, name, **kwargs):
     """From a folder, or from huggingface.co by name."""
     if Path(name, "run.json").exists() and read_run(name)["finished"] is None:
-        raise ConfigError(f"{name}: this run is not finished; go on with it, python ports/huggingface.py --resume "
-                          f"--out_dir {name}")
+        raise ConfigError(f"{name}: this run is not finished; go on with it: --resume --out_dir {name}")
     try:
         return kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(f"{name}: {' '.join(str(e).split()):.200}") from None
-
-
-def resolve(argv):
-    """argv -> (Config, rank of the adapters or 0, Tokenizer, the prompt of --ask or None)."""
-    parser = argparse.ArgumentParser(
-        "huggingface.py", usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]",
-        add_help=False, allow_abbrev=False, epilog="The other flags are train.py's, below; refused are "
-        "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head, --pack. --lr is 1e-6, with --lora 1e-5.")
-    parser.add_argument("--lora", type=int, metavar="RANK",
-                        help="train adapters of this rank, with peft; default 0: the model's own weights")
-    parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init; nothing is trained")
-    own, rest = parser.parse_known_args(argv)
-    if {"-h", "--help"} & {*rest}:
-        parser.print_help()
-        print()
-    typed = flags.parse(train.Config, rest)
-    if typed.get("resume") and own.lora is None and "out_dir" in typed:
-        own.lora = read_run(typed["out_dir"])["identity"].get("lora")
-    rank = own.lora or 0
-    if not typed.get("resume"):
-        typed = {"lr": 1e-5 if rank else 1e-6} | typed
-    cfg = flags.configure(train.Config, typed)
-    flags.check(cfg, typed)
-    if cfg.init is None or rank < 0 or cfg.compile_head or cfg.pack:
-        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head, no --pack")
-    flags.refuse_unread(typed, dict.fromkeys(("tokenizer", "n_layer", "n_head", "n_embd"), "the model has its own"))
-    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False, pack=False)
-    if not own.ask:
-        cfg = replace(cfg, out_dir=flags.place_of_run(cfg))
-    ranks.start(cfg.device)
-    most = positions_of(loaded(AutoConfig, cfg.init))
-    tokenizer = Tokenizer(loaded(AutoTokenizer, cfg.init), "chosen_rewards" in terms_of(LOSSES[cfg.loss]))
-    if "block_size" not in typed and not cfg.resume:
-        cfg = replace(cfg, block_size=min(2048, most))
-    return flags.for_machine(cfg, tokenizer.vocab_size), rank, tokenizer, own.ask
 
 
 def positions_of(config):
@@ -154,24 +110,57 @@ def positions_of(config):
     return most if isinstance(most, int) and most > 0 else 2**31
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Numbers decide: which trunk, which rows
+def resolve(argv):
+    """argv -> (Config, rank of the adapters or 0, Tokenizer, the text of --ask or None)."""
+    parser = argparse.ArgumentParser(
+        "huggingface.py", usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]",
+        add_help=False, allow_abbrev=False, epilog="The other flags are train.py's, below; refused are "
+        "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head, --pack. --lr is 1e-6, with --lora 1e-5.")
+    parser.add_argument("--lora", type=int, metavar="RANK",
+                        help="train adapters of this rank, with peft; default 0: the model's own weights")
+    parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init and end")
+    own, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & {*rest}:
+        parser.print_help()
+        print()
+    typed = flags.parse(train.Config, rest)
+    if own.lora is None and typed.get("resume") and "out_dir" in typed:
+        own.lora = read_run(typed["out_dir"])["identity"].get("lora")
+    rank = own.lora or 0
+    if not typed.get("resume"):
+        typed = {"lr": 1e-5 if rank else 1e-6} | typed
+    cfg = flags.configure(train.Config, typed)
+    flags.check(cfg, typed)
+    if cfg.init is None or rank < 0 or cfg.compile_head or cfg.pack:
+        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head, no --pack")
+    sizes = ("tokenizer", "n_layer", "n_head", "n_embd")
+    flags.refuse_unread(typed, dict.fromkeys(sizes, "the model has its own"))
+    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False, pack=False,
+                  out_dir=cfg.out_dir if own.ask else flags.place_of_run(cfg))
+    ranks.start(cfg.device)
+    most = positions_of(loaded(AutoConfig, cfg.init))
+    tokenizer = Tokenizer(loaded(AutoTokenizer, cfg.init), "chosen_rewards" in terms_of(LOSSES[cfg.loss]))
+    if "block_size" not in typed and not cfg.resume:
+        cfg = replace(cfg, block_size=min(2048, most))
+    return flags.for_machine(cfg, tokenizer.vocab_size), rank, tokenizer, own.ask
 
 
+# ---- Numbers decide: which trunk, which rows ----
+
+LIMIT = re.compile(r"window|chunk|top_?k|position|local|length|span|block|ctx|budget|extent")
 SMALLER = "where long texts are the reason, a smaller --block_size avoids it"
-LIMIT = re.compile(r"window|chunk|top_?k|position|local|length|span|block|ctx|budget|rel_extent")
 
 
 def limits(config):
     """The numbers in a config, at any depth, beyond which a model may compute something else."""
-    items = config.items() if isinstance(config, dict) else enumerate(config)
+    items = list(config.items() if isinstance(config, dict) else enumerate(config))
     found = {x for key, x in items if type(x) is int and LIMIT.search(str(key))}
     return found.union(*(limits(x) for _, x in items if isinstance(x, dict | list)))
 
 
 def telling(pairs, limits):
-    """The numbers of some pairs: the longest and the shortest by every length, and for each limit the shortest of
-    those whose shared row alone is longer, whose one plain row is longer, whose two plain rows are longer."""
+    """The numbers of some pairs: the longest and the shortest by every length, and for each limit the shortest
+    with only the shared row beyond it, with one plain row beyond it, with both."""
     P, C, R = (pairs.rows[name] for name in "PCR")
     row, longer, shorter = P + C + R, P + np.maximum(C, R), P + np.minimum(C, R)
     found = {int(end(x)) for x in (row, longer, P, C, R) for end in (np.argmax, np.argmin)}
@@ -179,17 +168,26 @@ def telling(pairs, limits):
         for over in (row > limit) & (longer <= limit), (longer > limit) & (shorter <= limit), shorter > limit:
             if over.any():
                 found.add(int(np.where(over, row, row.max() + 1).argmin()))
-    return sorted(found, key=lambda i: row[i])
+    return found
 
 
-def trunks(model):
-    """The parts of a model that may give the hidden states its head takes, most likely first."""
-    def inside(module):
-        found = [module.get_decoder()] if hasattr(module, "get_decoder") else []
-        return found + [getattr(module, name, None) for name in ("base_model", "model")]
-    first = [x for x in inside(model) if isinstance(x, torch.nn.Module)]
-    every = first + [y for x in first for y in inside(x) if isinstance(y, torch.nn.Module)]
-    return [x for i, x in enumerate(every) if x is not model and all(x is not y for y in every[:i])]
+def tensors_of(model):
+    """{name: tensor} of all that is saved, without the gathering that state_dict() does under torchrun."""
+    temporary = {f"{path}.{name}" for path, m in model.named_modules() for name in m._non_persistent_buffers_set}
+    return dict(model.named_parameters(remove_duplicate=False)) | {
+        name: x for name, x in model.named_buffers(remove_duplicate=False) if name not in temporary}
+
+
+def fingerprint(model):
+    """The sum of the bytes of each tensor."""
+    return [x.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item() for x in tensors_of(model).values()]
+
+
+def inside(module):
+    """Parts of a model that may give the hidden states its head takes, most likely first."""
+    found = [module.get_decoder()] if hasattr(module, "get_decoder") else []
+    found += [getattr(module, name, None) for name in ("base_model", "model")]
+    return [x for x in found if isinstance(x, torch.nn.Module) and x is not module]
 
 
 def one_line(error):
@@ -198,20 +196,22 @@ def one_line(error):
 
 @torch.no_grad()
 def choose_trunk(policy, row, tolerance, name):
-    """Find the trunk whose output, given to the model's own head, is what the model says of a row of ids (T,)."""
+    """Find the trunk whose output, given to the model's own head, is what the model says of a row of ids."""
     other = row.clone()
     other[-1] = (row[-1] + 1) % policy.config.vocab_size
     try:
-        own, last_changed = (policy.model(input_ids=x[None]).logits[0, :-1] for x in (row, other))
+        own, changed = (policy.model(input_ids=x[None]).logits[0, :-1] for x in (row, other))
     except Exception as e:  # a model that needs more than tokens raises what it likes
         raise ConfigError(f"{name}: does not run on a row of tokens ({one_line(e)})") from None
-    if (own - last_changed).abs().max() > tolerance:
-        raise ConfigError(f"{name}: is not a causal model: what it says of a token changes with later ones (in its "
-                          "config.json, is_decoder?)")
+    if (own - changed).abs().max() > tolerance:
+        raise ConfigError(f"{name}: is not a causal model: a later token changes what it says of earlier ones "
+                          "(is_decoder in its config.json?)")
     why = "it has none"
-    for policy.trunks in ([x] for x in trunks(policy.model)):
+    for trunk in dict.fromkeys(inside(policy.model) + [y for x in inside(policy.model) for y in inside(x)]):
         try:
-            if (off := (policy.logits(policy(row[None])[0, :-1]) - own).abs().max()) <= tolerance:
+            policy.trunks = [trunk]
+            off = (policy.logits(policy(row[None])[0, :-1]) - own).abs().max().item()
+            if off <= tolerance:
                 return
             why = f"off by {off:.1e}"
         except Exception as e:
@@ -222,53 +222,45 @@ def choose_trunk(policy, row, tolerance, name):
 @torch.no_grad()
 def plain_logps(model, rows):
     """[(ids, where the response begins)] -> the model's own log-probabilities, (N,), from one row each."""
-    found = []
-    for row, at in rows:
-        logits = model(input_ids=row[None]).logits[0, at - 1:-1]
-        found.append(token_logps(logits, row[at:]))
-    return torch.cat(found)
+    return torch.cat([token_logps(model(input_ids=row[None]).logits[0, at - 1:-1], row[at:])
+                      for row, at in rows])
 
 
-def check_numbers(policy, data, cfg, name):
-    """Choose trunk and rows by numbers: the log-probabilities of telling pairs, long and short ones in one
-    micro-batch, must be those of the model's own in plain rows. Sets policy.trunks and policy.shared.
-
-    data: some Pairs. Returns what to print. ConfigError where no way is right.
-    """
-    exact = cfg.dtype == "float64"
-    cfg, tolerance = replace(cfg, compile=False, dtype=cfg.dtype if exact else "float32"), 1e-5 if exact else 1e-3
-    before, bounds = policy.fingerprint(), limits(policy.model.config.to_dict())
-    pairs = [part[i] for part in data for i in telling(part, bounds)]
-    pairs.sort(key=len)
-    half = (len(pairs) + 1) // 2
-    pairs = [p for two in zip(pairs[:half], pairs[:half - 1:-1] + [None], strict=False) for p in two if p]
+def check_numbers(policy, parts, cfg, name):
+    """Set policy.trunks and policy.shared by numbers: the log-probabilities of telling pairs, long and short
+    ones in one micro-batch, must be the model's own in plain rows. parts: all Pairs of the run. Returns what
+    to print; raises ConfigError where no way is right."""
+    exact, before = cfg.dtype == "float64", fingerprint(policy)
+    cfg, tolerance = replace(cfg, dtype="float64" if exact else "float32"), 1e-5 if exact else 1e-3  # nats
+    bounds = limits(policy.model.config.to_dict())
+    pairs = sorted((part[i] for part in parts for i in telling(part, bounds)), key=len)
+    pairs = [pair for two in zip(pairs, pairs[::-1], strict=True) for pair in two][:len(pairs)]  # short, long
     rows = [(torch.from_numpy(np.concatenate([p.prompt, y])).long().to(cfg.device), len(p.prompt))
             for p in pairs for y in (p.chosen, p.rejected) if len(y)]
-    choose_trunk(policy, rows[0][0], tolerance, name)
+    choose_trunk(policy, sorted(rows, key=lambda row: len(row[0]))[len(rows) // 2][0], tolerance, name)
     plain = plain_logps(policy.model, rows)
-    again = [plain_logps(policy.model, [row]) for row in rows[::-1]]
-    if (off := (torch.cat(again[::-1]) - plain).abs().max()) > tolerance:
-        raise ConfigError(f"{name}: its own log-probabilities change by {off:.1e} nats with the rows it has seen "
+    again = torch.cat([plain_logps(policy.model, [row]) for row in rows[::-1]][::-1])
+    if (off := (again - plain).abs().max().item()) > tolerance:
+        raise ConfigError(f"{name}: its own log-probabilities change by {off:.1e} nats with what it read "
                           f"before; {SMALLER}")
+    micros = [data.collate(pairs[i:i + 2]).to(cfg.device) for i in range(0, len(pairs), 2)]
     why = "a shared prompt changes its numbers"
     for policy.shared in (True, False):
         try:
-            found = [train.response_logps(policy, collate(pairs[i:i + 2]).to(cfg.device), cfg)
-                     for i in range(0, len(pairs), 2)]
-            off = (torch.cat(found) - plain).abs().max().item()
+            found = torch.cat([train.response_logps(policy, micro, cfg) for micro in micros])
+            off = (found - plain).abs().max().item()
         except Exception as e:  # a model that takes no positions or no such mask raises what it likes
             off, why = np.inf, f"it takes no shared prompt ({one_line(e)})"
         if off <= tolerance:
             break
     else:
-        raise ConfigError(f"{name}: log-probabilities differ from the model's own by {off:.1e} nats, with one row a "
-                          f"pair and with two; {SMALLER}")
+        raise ConfigError(f"{name}: log-probabilities differ from the model's own by {off:.1e} nats, with two "
+                          f"rows a pair too; {SMALLER}")
     try:
-        with torch.enable_grad():
-            train.hidden_states(policy, collate(pairs[:1]).to(cfg.device), cfg).sum().backward()
+        train.hidden_states(policy, micros[0], cfg).sum().backward()
     except Exception as e:
-        raise ConfigError(f"{name}: cannot be differentiated ({one_line(e)})") from None
+        raise ConfigError(f"{name}: cannot be trained ({one_line(e)})") from None
     policy.zero_grad(set_to_none=True)
-    if policy.fingerprint() != before:
-        raise ConfigError(f"{name}: changes its own weights when it runs, so what is trained would not be what is saved")
+    if fingerprint(policy) != before:
+        raise ConfigError(f"{name}: changes its weights when it runs, so what is saved is not what was trained")
     return "one row a pair, the prompt shared" if policy.shared else f"two rows a pair: {why}"
