@@ -3,15 +3,13 @@
 B pairs, T columns, N response tokens, S segments per response, A aspects; P, C, R tokens of a pair's prompt,
 chosen and rejected response (end-of-text counted).
 
-A pair is one stretch of a row, [prompt | chosen | rejected]: the prompt is computed once, the positions of
-both responses continue from it, and a token sees the prompt and its own branch. A row holds one pair, or many
-back to back (packed). `collate` also lists the response tokens flat and says which hidden state predicts
-each: the shift by one is `predicting_columns`, used once. Files are read in plumbing/pairs.py.
+A pair is one row, [prompt | chosen | rejected]: the prompt is computed once, the positions of both responses
+continue from it, and a token sees the prompt and its own branch. `collate` also lists the response tokens
+flat and says which hidden state predicts each: the shift by one is `predicting_columns`, used once.
 """
 
 import hashlib
 import math
-from array import array
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -19,7 +17,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import BlockMask
 
 from losses import segment_rewards, segment_sum
 from plumbing.errors import DataError, UnusablePair
@@ -154,92 +151,58 @@ def segments_of(tokenizer, ids, segments):
 # ---- A data set ----
 
 
-ROW = np.dtype([(name, np.int64) for name in ("at", "P", "C", "R", "segment_at", "S_w", "S_l")])
-
-
 @dataclass
 class Pairs:
-    """Pairs in flat arrays: memory is linear in the ids, and no Python object per token is kept.
-
-    A data set in which some pair has no scores counts as unscored: n_aspects is 0.
-    """
-    ids: np.ndarray  # (tokens,) of all pairs: prompt, chosen, rejected
-    segments: np.ndarray  # (segments,) tokens of each segment of all pairs: chosen, rejected
-    scores: np.ndarray  # (segments, A), float64
-    rows: np.ndarray  # (n,) of ROW: where a pair's ids begin, P, C, R; where its segments begin, S_w, S_l
-    where: list  # (n,) file:line
+    """A data set: pairs in their order. One in which some pair has no scores has none: n_aspects is 0."""
+    pairs: list  # of Pair
 
     def __post_init__(self):
+        lengths = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in self.pairs]
+        self.rows = np.array(lengths, dtype=[("P", np.int64), ("C", np.int64), ("R", np.int64)])  # (n,)
         self.lengths = self.rows["P"] + self.rows["C"] + self.rows["R"]  # (n,)
-        self.n_aspects = self.scores.shape[-1]
+        self.n_aspects = min((p.chosen_scores.shape[-1] for p in self.pairs), default=0)
+        self.where = [p.where for p in self.pairs]
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.pairs)
 
     def __getitem__(self, i):
-        """The i-th Pair."""
-        at, P, C, R, k, S_w, S_l = self.rows[i].tolist()
-        prompt, chosen, rejected = np.split(self.ids[at:at + P + C + R], [P, P + C])
-        sizes, scores = self.segments[k:k + S_w + S_l], self.scores[k:k + S_w + S_l]
-        return Pair(prompt, chosen, rejected, np.repeat(np.arange(S_w), sizes[:S_w]),
-                    np.repeat(np.arange(S_l), sizes[S_w:]), scores[:S_w], scores[S_w:], self.where[i],
-                    number=int(i))
+        """The i-th Pair, which knows its number."""
+        return replace(self.pairs[i], number=int(i))
 
-    def keys(self, first, end):
-        """A hash of each pair's ids between two of its edges: 0 prompt 1 chosen 2 rejected 3."""
-        edges = np.stack([self.rows[name] for name in ("at", "P", "C", "R")], -1).cumsum(-1)[:, [first, end]]
-        return [hashlib.sha256(self.ids[a:b]).digest() for a, b in edges]
-
-    def hash(self, *names):
-        """A hash of these fields of all pairs, in their order."""
-        h = hashlib.sha256()
-        for pair in self:
-            for name in names:
-                h.update(getattr(pair, name).tobytes() + b"|")
-        return h.hexdigest()
+    def hashes(self, *names):
+        """A hash of these fields of each pair."""
+        return [hashlib.sha256(b"|".join(getattr(p, name).tobytes() for name in names)).digest()
+                for p in self.pairs]
 
     def select(self, index):
-        """The pairs of an index array; the ids are shared."""
-        return replace(self, rows=self.rows[index], where=[self.where[i] for i in index])
+        """The pairs of an index array."""
+        return Pairs([self.pairs[i] for i in index])
 
     def without_scores(self, chosen_only=False):
         """The pairs for a loss that sums over whole responses; chosen_only: over the chosen one, as SFT."""
-        rows = self.rows.copy()
-        if chosen_only:
-            rows["R"] = rows["S_l"] = 0
-        return replace(self, rows=rows, scores=np.zeros((len(self.segments), 0)))
+        R = 0 if chosen_only else None
+        return Pairs([replace(p, rejected=p.rejected[:R], rejected_segment=p.rejected_segment[:R],
+                              chosen_scores=p.chosen_scores[:, :0], rejected_scores=p.rejected_scores[:R, :0])
+                      for p in self.pairs])
 
     def score_maximum(self):
         """The largest score of each aspect on either side, (A,); 1 where an aspect is 0 throughout."""
-        top = np.max([np.concatenate([p.chosen_scores, p.rejected_scores]).max(0) for p in self], axis=0)
+        top = np.max([x.max(0) for p in self.pairs for x in (p.chosen_scores, p.rejected_scores)], axis=0)
         return np.where(top > 0, top, 1)
 
     def normalised(self, maximum, badness=False):
         """The pairs with their scores divided by `maximum` (A,). badness: 1 - score on the rejected side."""
-        scores = self.scores / maximum
-        if badness:
-            for _, _, _, _, k, S_w, S_l in self.rows.tolist():
-                scores[k + S_w:k + S_w + S_l] = 1 - scores[k + S_w:k + S_w + S_l]
-        return replace(self, scores=scores)
+        sides = [(p, p.chosen_scores / maximum, p.rejected_scores / maximum) for p in self.pairs]
+        return Pairs([replace(p, chosen_scores=r_w, rejected_scores=1 - r_l if badness else r_l)
+                      for p, r_w, r_l in sides])
 
 
 def pack(pairs):
     """An iterable of Pair -> Pairs."""
-    ids, segments, scores, rows, where, aspects = array("i"), array("i"), array("d"), [], [], set()
-    for p in pairs:
-        rows.append((len(ids), len(p.prompt), len(p.chosen), len(p.rejected),
-                     len(segments), len(p.chosen_scores), len(p.rejected_scores)))
-        for side in (p.prompt, p.chosen, p.rejected):
-            ids.frombytes(side.tobytes())
-        for segment, score in ((p.chosen_segment, p.chosen_scores), (p.rejected_segment, p.rejected_scores)):
-            segments.extend(np.bincount(segment, minlength=len(score)).tolist())
-            scores.frombytes(score.tobytes())
-        aspects.add(p.chosen_scores.shape[-1])
-        where.append(p.where)
-    if len(aspects) > 1:
-        aspects, scores = {0}, array("d")
-    return Pairs(np.array(ids), np.array(segments), np.array(scores).reshape(len(segments), *aspects),
-                 np.array(rows, dtype=ROW), where)
+    pairs = Pairs(list(pairs))
+    mixed = len({p.chosen_scores.shape[-1] for p in pairs.pairs}) > 1
+    return pairs.without_scores() if mixed else pairs
 
 
 def load(paths, tokenizer, block_size, alone=False):
@@ -277,8 +240,8 @@ def hold_out(pairs, fraction=0.1, at_most=256):
     least) is held out: a prompt with more pairs than are left to take is passed over. Where every prompt is
     that frequent, the split is by pair. Raises DataError where there is no second pair."""
     room = max(1, min(int(fraction * len(pairs)), at_most))
-    for edges in ((0, 1), (1, 3)):  # the prompt; the responses
-        key_of = pairs.keys(*edges)
+    for names in (["prompt"], ["chosen", "rejected"]):
+        key_of = pairs.hashes(*names)
         counts, held, left = Counter(key_of), set(), room
         for key in sorted(counts):
             if counts[key] <= left:
@@ -304,14 +267,13 @@ def step_indices(n, batch_size, seed, step):
     return np.concatenate([permutation(n, seed, e)[at[epoch == e]] for e in np.unique(epoch).tolist()])
 
 
-def micro_batches(pairs, index, size=None, tokens=10**9, multiple=1, packed=False):
+def micro_batches(pairs, index, size=None, tokens=10**9, multiple=1):
     """Cut the pairs of a step into micro-batches, longest first: less padding, the same gradient. Each holds
     at most `size` pairs, and at most `tokens` tokens with the padding of `collate`, or one pair."""
     index, micros = index[np.argsort(-pairs.lengths[index], kind="stable")], []
     while len(index):
-        lengths = pairs.lengths[index]  # the longest first
-        padded = lengths if packed else np.full_like(lengths, math.ceil(lengths[0] / multiple) * multiple)
-        n = max(1, min(size or len(index), np.searchsorted(padded.cumsum(), tokens, side="right")))
+        row = math.ceil(pairs.lengths[index[0]] / multiple) * multiple  # of the longest pair
+        n = max(1, min(size or len(index), tokens // row))
         micros.append(index[:n])
         index = index[n:]
     return micros
@@ -320,17 +282,14 @@ def micro_batches(pairs, index, size=None, tokens=10**9, multiple=1, packed=Fals
 # ---- Pairs -> Batch ----
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # branches of a pair
-TILE = 128  # columns that attention kernels work on at once
 
 
 @dataclass
 class Batch:
-    """B pairs in G rows, one each or all packed in one; their response tokens are listed flat, pair by pair,
-    chosen then rejected."""
-    tokens: torch.Tensor  # (G, T)
-    positions: torch.Tensor  # (G, T), both responses continue from the prompt
-    branch: torch.Tensor  # (G, T), PROMPT, CHOSEN, REJECTED or PADDING
-    owner: torch.Tensor  # (G, T), which pair of the batch a token belongs to; padding is no pair's
+    """B pairs in B rows; their response tokens are listed flat, pair by pair, chosen then rejected."""
+    tokens: torch.Tensor  # (B, T)
+    positions: torch.Tensor  # (B, T), both responses continue from the prompt
+    branch: torch.Tensor  # (B, T), PROMPT, CHOSEN, REJECTED or PADDING
     source: torch.Tensor  # (2, N), row and column of the hidden state that predicts each response token
     target: torch.Tensor  # (N,), that token
     response: torch.Tensor  # (N,), 2 b for the chosen response of pair b, 2 b + 1 for the rejected one
@@ -341,7 +300,6 @@ class Batch:
     pair: torch.Tensor  # (B,), the numbers of the pairs in their data set
     numbers: list  # the same, where no device need be asked
     starts: list  # B + 1 offsets: pair b owns response tokens starts[b] ... starts[b + 1] - 1
-    begins: np.ndarray | None = None  # of a packed row: the columns where the owner changes
     branched: bool = True  # some row holds a rejected response
     weight: float = 1.0  # 0 for a batch that only keeps another rank company
 
@@ -353,32 +311,13 @@ class Batch:
         return replace(self, **{f.name: move(getattr(self, f.name), device)
                                 for f in fields(self) if f.type is torch.Tensor})
 
-    def may_attend(self, row, head, q, k):
-        """True where token q sees token k: never ahead, in the same pair, the prompt or the own branch."""
-        own, branch = self.owner, self.branch
-        same_pair, same_branch = own[row, q] == own[row, k], branch[row, q] == branch[row, k]
-        return (k <= q) & same_pair & (same_branch | (branch[row, k] == PROMPT))
-
     def mask(self):
-        """(G, 1, T, T), True where a token (row) may attend to another (column); on CUDA, for a packed row,
-        a BlockMask. None where each row is one response: plainly causal."""
-        if self.begins is None and not self.branched:
+        """(B, 1, T, T), True where a token (row) may attend to another (column): never ahead, to the prompt
+        or its own branch. None where each row is one response: plainly causal."""
+        if not self.branched:
             return None
-        if self.begins is not None and self.tokens.is_cuda:
-            return self.block_mask()
-        G, T = self.tokens.shape
-        q = torch.arange(T, device=self.tokens.device)
-        return self.may_attend(torch.arange(G, device=q.device).view(G, 1, 1, 1), 0, q[:, None], q)
-
-    def block_mask(self):
-        """For FlexAttention: query tile i needs the key tiles from the start of its first pair up to i."""
-        tile = np.arange(self.tokens.shape[1] // TILE)
-        first = self.begins[np.searchsorted(self.begins, TILE * tile, side="right") - 1] // TILE
-        count = tile - first + 1
-        index = np.where(tile < count[:, None], first[:, None] + tile, 0)
-        count, index = (move(torch.from_numpy(x.astype(np.int32)[None, None]), self.tokens.device)
-                        for x in (count, index))  # (1, 1, tiles), (1, 1, tiles, tiles)
-        return BlockMask.from_kv_blocks(count, index, BLOCK_SIZE=TILE, mask_mod=self.may_attend)
+        q, k = self.branch.unsqueeze(-1), self.branch.unsqueeze(-2)  # (B, T, 1), (B, 1, T)
+        return ((q == k) | (k == PROMPT)).tril().unsqueeze(1)
 
     def chunks(self, max_tokens):
         """(pairs, n): slices of whole pairs and of their response tokens, at most max_tokens, or one pair."""
@@ -409,33 +348,25 @@ def predicting_columns(P, C, R):
     return columns
 
 
-def collate(pairs, multiple=1, packed=False):
-    """Pairs -> Batch. Each pair has a row, or all stand in one (packed); T is rounded up to a multiple.
+def collate(pairs, multiple=1):
+    """Pairs -> Batch. Each pair has a row; T is rounded up to a multiple.
 
         row        [ prompt 0 ... P-1 | chosen P ... P+C-1 | rejected P ... P+R-1 | padding 0 ]   (positions)
-        packed     [ prompt | chosen | rejected | prompt | chosen | rejected | ... | padding ]
     """
-    T = math.ceil((sum if packed else max)(map(len, pairs)) / multiple) * multiple
-    grid = (1 if packed else len(pairs), T)
+    B, T = len(pairs), math.ceil(max(map(len, pairs)) / multiple) * multiple
     S = max(max(len(p.chosen_scores), len(p.rejected_scores)) for p in pairs)
     A = pairs[0].chosen_scores.shape[-1]
-    tokens, positions = np.zeros((2, *grid), dtype=np.int64)
-    branch = np.full(grid, PADDING)
-    owner = np.tile(len(pairs) + np.arange(T) // TILE, (grid[0], 1))  # padding sees no more than its own tile
-    scores = np.zeros((len(pairs), 2, S, A), dtype=pairs[0].chosen_scores.dtype)
-    segment_mask = np.zeros((len(pairs), 2, S), dtype=bool)
+    tokens, positions = np.zeros((2, B, T), dtype=np.int64)
+    branch = np.full((B, T), PADDING)
+    scores, segment_mask = np.zeros((B, 2, S, A)), np.zeros((B, 2, S), dtype=bool)
     row, column, target, response, segment = [], [], [], [], []
-    end = 0
     for b, p in enumerate(pairs):
         P, C, R = len(p.prompt), len(p.chosen), len(p.rejected)
-        r, start = (0, end) if packed else (b, 0)
-        end = start + P + C + R
-        tokens[r, start:end] = np.concatenate([p.prompt, p.chosen, p.rejected])
-        positions[r, start:end] = np.concatenate([np.arange(P), P + np.arange(C), P + np.arange(R)])
-        branch[r, start:end] = np.repeat([PROMPT, CHOSEN, REJECTED], [P, C, R])
-        owner[r, start:end] = b
-        row.append(np.full(C + R, r))
-        column.append(start + predicting_columns(P, C, R))
+        tokens[b, :len(p)] = np.concatenate([p.prompt, p.chosen, p.rejected])
+        positions[b, :len(p)] = np.concatenate([np.arange(P), P + np.arange(C), P + np.arange(R)])
+        branch[b, :len(p)] = np.repeat([PROMPT, CHOSEN, REJECTED], [P, C, R])
+        row.append(np.full(C + R, b))
+        column.append(predicting_columns(P, C, R))
         target += [p.chosen, p.rejected]
         response.append(np.repeat([2 * b, 2 * b + 1], [C, R]))
         segment += [2 * b * S + p.chosen_segment, (2 * b + 1) * S + p.rejected_segment]
@@ -445,12 +376,11 @@ def collate(pairs, multiple=1, packed=False):
         segment_mask[b, 1, p.rejected_segment] = True
     flat = [torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (target, response, segment)]
     source = torch.from_numpy(np.stack([np.concatenate(row), np.concatenate(column)]).astype(np.int64))
-    grids = [torch.from_numpy(x) for x in (tokens, positions, branch, owner)]
+    grids = [torch.from_numpy(x) for x in (tokens, positions, branch)]
     length = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs])
     numbers = [p.number for p in pairs]
     return Batch(*grids, source, *flat, torch.from_numpy(scores), torch.from_numpy(segment_mask), length,
                  torch.tensor(numbers), numbers, starts=[0, *length.sum(-1).cumsum(0).tolist()],
-                 begins=np.flatnonzero(np.diff(owner[0], prepend=-1)) if packed else None,
                  branched=bool(length[:, 1].any()))
 
 
@@ -479,8 +409,8 @@ def pair_terms(batch, pairs, aspect_weights=(), **tokens):
         terms[name.format("chosen")], terms[name.format("rejected")] = sums.unbind(1)
     if A:
         scores = batch.scores[pairs]  # (B, 2, S, A)
-        weights = aspect_weights or [1 / A] * A
-        weights = torch.stack([scores.new_full((), w) for w in weights])  # filled there, not copied
+        weights = aspect_weights if len(aspect_weights) else [1 / A] * A
+        weights = torch.stack([scores.new_full((), float(w)) for w in weights])  # filled there, not copied
         rewards = segment_rewards(scores, weights)  # (B, 2, S)
         terms["chosen_rewards"], terms["rejected_rewards"] = rewards.unbind(1)
         terms["chosen_mask"], terms["rejected_mask"] = batch.segment_mask[pairs].unbind(1)

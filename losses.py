@@ -49,7 +49,7 @@ def at_least_float32(function):
 
 def alike(*tensors):
     """A ValueError unless they have one shape: (B, 1) beside (B,) would become (B, B) in silence."""
-    if len({x.shape for x in tensors}) > 1:
+    if any(x.shape != tensors[0].shape for x in tensors):
         raise ValueError(f"one shape is needed, not {', '.join(str(tuple(x.shape)) for x in tensors)}")
 
 

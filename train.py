@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from data import TILE, collate, micro_batches, pair_terms, step_indices
+from data import collate, micro_batches, pair_terms, step_indices
 from losses import LOSSES, terms_of, token_kl, token_logps
 from model import GPT, GPTConfig
 from plumbing import flags, folder, ranks, report
@@ -74,7 +74,6 @@ class Config:
                              choices=("float32", "bfloat16", "float64"))
     compile: bool | None = knob(None, "torch.compile the trunk; default: on cuda, over 10 000 ids")
     compile_head: bool | None = knob(None, "and the head; default: as --compile, or over 10 000 ids")
-    pack: bool | None = knob(None, "pairs back to back in one row; default: on cuda, if compiled")
     head_tokens: int | None = knob(None, "response tokens in a chunk; default 2^24 logits, cuda 2^28", 1)
 
 
@@ -90,24 +89,24 @@ def precision(cfg):
 def hidden_states(model, batch, cfg):
     """The trunk: the hidden state that predicts each response token of a batch, (N, C)."""
     with precision(cfg):
-        hidden = model(batch.tokens, batch.positions, batch.mask())  # (G, T, C)
+        hidden = model(batch.tokens, batch.positions, batch.mask())  # (B, T, C)
     row, column = batch.source
     return hidden[row, column]
 
 
-def head(policy, hidden, target, **ref):
+def head(policy, hidden, target, ref_logps=None, ref_hidden=None, reference=None):
     """Hidden states (N, C) of response tokens -> {"logps": log pi, and of the reference what is known}, (N,).
 
-    ref: nothing; ref_logps (N,), which is handed on; or ref_hidden (N, C) and the reference, whose head then
-    runs here and adds "ref_logps" and "kl", KL(pi_ref || pi).
+    ref_logps (N,) are handed on. With ref_hidden (N, C) the reference's head runs here too, and adds
+    "ref_logps" and "kl", KL(pi_ref || pi). (In **ref torch.compile would take sizes as fixed.)
     """
     centered = torch.is_autocast_enabled(hidden.device.type)  # in bfloat16, where large logits lose digits
     logits = policy.logits(hidden, centered)  # (N, V); nothing of this size outlives a chunk
     logps = token_logps(logits, target)
-    if "ref_hidden" not in ref:
-        return {"logps": logps} | ref
+    if ref_hidden is None:
+        return {"logps": logps} if ref_logps is None else {"logps": logps, "ref_logps": ref_logps}
     with torch.no_grad():
-        ref_logits = ref["reference"].logits(ref["ref_hidden"], centered)  # (N, V)
+        ref_logits = reference.logits(ref_hidden, centered)  # (N, V)
         ref_logps = token_logps(ref_logits, target)
     return {"logps": logps, "ref_logps": ref_logps, "kl": token_kl(ref_logits, logits)}
 
@@ -165,26 +164,13 @@ def step(policy, reference, batch, loss, scale, cfg):
 # ---- Many micro-batches ----
 
 
-def row_length(pairs, cfg):
-    """The one length of all packed rows, in which a step leaves little room: 1.15 of its mean, since steps
-    differ, over the fewest rows of --micro_batch_tokens."""
-    most = min(cfg.batch_size, len(pairs)) / ranks.world()
-    need = 1.15 * pairs.lengths.mean() * min(most, cfg.micro_batch_size or most)
-    row = need / math.ceil(need / cfg.micro_batch_tokens)
-    return math.ceil(max(row, pairs.lengths.max()) / TILE) * TILE
-
-
 def batches(pairs, index, cfg):
     """The micro-batches of some pairs, on the device. Under torchrun: this rank's share of them."""
-    tokens, multiple = cfg.micro_batch_tokens, 1
-    if cfg.pack:  # rows of one length: one graph
-        tokens = multiple = row_length(pairs, cfg)
-    elif cfg.compile or cfg.device.startswith("cuda"):
-        multiple = TILE
-    cut = partial(micro_batches, pairs, size=cfg.micro_batch_size, tokens=tokens, multiple=multiple,
-                  packed=cfg.pack)
+    multiple = 64 if cfg.compile or cfg.device.startswith("cuda") else 1  # few shapes, and aligned ones
+    cut = partial(micro_batches, pairs, size=cfg.micro_batch_size, tokens=cfg.micro_batch_tokens,
+                  multiple=multiple)
     for micro, weight in ranks.share(index, cut):
-        batch = collate([pairs[i] for i in micro], multiple, cfg.pack)
+        batch = collate([pairs[i] for i in micro], multiple)
         batch.weight = weight
         yield batch.to(cfg.device)
 
@@ -283,7 +269,7 @@ def prepared(model, cfg):
     """A model in the run's precision, on its device, compiled where the run is."""
     model = model.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32).eval()
     if cfg.compile:
-        machine.compile_blocks(model, dynamic=not cfg.pack)  # packed rows have one length
+        machine.compile_blocks(model)
     return model
 
 

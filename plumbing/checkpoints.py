@@ -32,35 +32,26 @@ def save(folder, step, model, optimizer, state):
                 tensors[f"{key}.{name}"] = value.cpu().contiguous()
     if ranks.rank():
         return
+    path = folder / "checkpoints" / f"step-{step:07}.safetensors"
     with writing(folder):
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         metadata = {"step": str(step), "state": json.dumps(state)}
-        write_atomically(folder / "checkpoints" / f"step-{step:07}.safetensors",
-                         lambda part: save_file(tensors, part, metadata))
-        kept = [path for path in paths_of(folder) if path.stem <= f"step-{step:07}"][:2]
-        for path in (folder / "checkpoints").iterdir():  # what a kill left aside included
-            if path not in kept:
-                path.unlink()
-
-
-def read(path):
-    """A checkpoint's file -> (step, state, tensors by name). ConfigError where it is not whole."""
-    try:
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata()
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-            return int(metadata["step"]), json.loads(metadata["state"]), tensors
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise ConfigError(f"{path}: cannot be read ({e})") from None
+        write_atomically(path, lambda part: save_file(tensors, part, metadata))
+        kept = [other for other in paths_of(folder) if other <= path][:2]
+        for other in set(path.parent.iterdir()) - set(kept):  # what a kill left aside included
+            other.unlink()
 
 
 def newest(folder):
-    """`read` of the newest checkpoint that is whole. ConfigError where there is none."""
+    """(step, state, tensors by name) of the newest checkpoint that is whole. ConfigError for none."""
     for path in paths_of(folder):
         try:
-            return read(path)
-        except ConfigError as e:
-            report.say(f"{e}; looking for an older checkpoint")
+            with safe_open(path, "pt") as f:
+                metadata = f.metadata()
+                tensors = {name: f.get_tensor(name) for name in f.keys()}
+                return int(metadata["step"]), json.loads(metadata["state"]), tensors
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+            report.say(f"{path}: cannot be read ({e}); looking for an older checkpoint")
     raise ConfigError(f"{folder}: has no checkpoint that can be read; --overwrite starts anew")
 
 
@@ -70,17 +61,14 @@ def load(folder, model, optimizer):
     own = dict(model.named_parameters())
     found = {name.removeprefix("model."): x.shape for name, x in tensors.items() if name.startswith("model.")}
     if found != {name: p.shape for name, p in own.items()}:
-        raise ConfigError(f"{folder}: its checkpoint holds another model than this run's; --overwrite starts "
-                          "anew")
-    moments = {}
+        raise ConfigError(f"{folder}: its checkpoint is of another model; --overwrite starts anew")
     with torch.no_grad():
         for name, x in tensors.items():
-            key, name = name.split(".", 1)
+            key, _, name = name.partition(".")
             x = ranks.like(own[name], x)
             if key == "model":
                 own[name].copy_(x)
             else:
-                moments.setdefault(own[name], {})[key] = x
-    optimizer.state.update(moments)
+                optimizer.state[own[name]][key] = x
     optimizer.load_state_dict(optimizer.state_dict())  # moves the moments to where their weights are
     return step, state

@@ -1,12 +1,12 @@
-"""Our four kinds of error, each one line for the user. All other exceptions show their traceback."""
+"""Our four kinds of error, each one line for the user; any other exception shows its traceback."""
 
 
 class ConfigError(ValueError):
-    """A flag or folder that cannot be used: the message names it and says what to do."""
+    """A flag or folder that cannot be used."""
 
 
 class DataError(ValueError):
-    """Malformed input: the message says what, where (file:line) and what to do."""
+    """Malformed input: what, where (file:line), what to do."""
 
 
 class UnusablePair(DataError):

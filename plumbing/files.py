@@ -64,12 +64,6 @@ def write_atomically(path, write):
         except BaseException:
             part.unlink(missing_ok=True)  # on a full disk it would take the room that others need
             raise
-        if os.name == "posix":  # the rename itself must reach the disk too
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
 
 
 def write_json(path, value):

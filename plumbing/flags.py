@@ -57,13 +57,14 @@ def parse(Config, argv):
         parser.add_argument("--" + knob, type=float, metavar="FLOAT",
                             help="hyper-parameter of the loss; default: " + ", ".join(readers))
     typed = vars(parser.parse_args(argv))
+    typed = {name: tuple(x) if isinstance(x, list) else x for name, x in typed.items()}
     if "aspect_weights" in typed:
         words = " ".join(typed["aspect_weights"]).replace(",", " ").split()
         try:
-            typed["aspect_weights"] = [float(word) for word in words]
-        except ValueError:
-            raise ConfigError(f"--aspect_weights {' '.join(words)}: must be numbers") from None
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+            typed["aspect_weights"] = tuple(map(float, words))
+        except ValueError as e:
+            raise ConfigError(f"--aspect_weights: {e}") from None
+    return typed
 
 
 def configure(Config, typed):
@@ -135,13 +136,12 @@ def refuse_unread(typed, unread):
 def check_device(cfg):
     if not machine.usable(cfg.device):
         raise ConfigError(f"--device {cfg.device}: torch cannot use it here; choose cpu, cuda, cuda:N or mps")
-    kind = torch.device(cfg.device).type
-    if kind == "mps" and cfg.dtype == "float64":
+    if cfg.device == "mps" and cfg.dtype == "float64":
         raise ConfigError("--dtype float64: mps has none; choose float32")
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
-    if ranks.world() > 1 and kind != "cpu" and (cfg.device != "cuda" or local > gpus):
-        raise ConfigError(f"--device {cfg.device}: each of {local} ranks takes one of {gpus} GPUs; choose "
-                          f"cuda and torchrun --nproc_per_node {gpus} at most, or cpu")
+    if ranks.world() > 1 and cfg.device != "cpu" and (cfg.device != "cuda" or local > gpus):
+        raise ConfigError(f"--device {cfg.device}: {local} ranks take a GPU each, of {gpus}; choose cuda and "
+                          f"torchrun --nproc_per_node {gpus} at most, or cpu")
 
 
 def check_model(flag, name, model, cfg):
@@ -228,13 +228,7 @@ def for_machine(cfg, vocab_size):
               "compile_head": pays if cfg.compile is None else cfg.compile,
               "micro_batch_tokens": 32768 if cuda else 2048,
               "head_tokens": max(1, (2**28 if cuda else 2**24) // vocab_size)}
-    cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
-    # FlexAttention's kernel; without one, the mask of a packed row on a GPU is as large as the row squared
-    has_kernel = cuda and cfg.compile and cfg.dtype != "float64" and cfg.n_embd >= 16 * cfg.n_head
-    if cuda and cfg.pack and not has_kernel:
-        raise ConfigError("--pack: FlexAttention on cuda needs --compile, float32 or bfloat16, and 16 "
-                          "channels a head; --no-pack does without it")
-    return replace(cfg, pack=has_kernel if cfg.pack is None else cfg.pack)
+    return replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
 
 
 def sft_before(cfg):
@@ -276,8 +270,8 @@ def load_data(cfg, tokenizer):
     if cfg.val_data or not cfg.data:
         val, more = data.load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size, alone)
         notes += more
-        held = set(val.keys(0, 3))
-        if both := held & set(pairs.keys(0, 3)):
+        held, trained = (set(x.hashes("prompt", "chosen", "rejected")) for x in (val, pairs))
+        if both := held & trained:
             notes.append(f"{len(both)} of {len(held)} held-out pairs are training pairs too")
     else:
         pairs, val = data.hold_out(pairs)

@@ -31,7 +31,7 @@ PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full i
 # What a run's numbers do not depend on: its length, its place, what is printed, how the work is cut.
 FREE = {*PATHS, "out_dir", "resume", "overwrite", "settings", "steps", "micro_batch_size",
         "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every", "log_every", "device",
-        "compile", "compile_head", "pack", "head_tokens"}
+        "compile", "compile_head", "head_tokens"}
 RESULT = ("model.safetensors*", "model-*-of-*.safetensors", "config.json", "generation_config.json",
           "tokenizer.tiktoken", "chat_template.jinja", *vocab.OF_TRANSFORMERS)
 
@@ -85,8 +85,9 @@ def identity_of(cfg, pairs, val, tokenizer, policy, reference):
     if "rejected_logps" in terms_of(LOSSES[cfg.loss]):
         fields += ["rejected", "chosen_segment", "rejected_segment", "chosen_scores", "rejected_scores"]
     identity = {name: value for name, value in vars(cfg).items() if name not in FREE} | cfg.settings
-    return identity | {"aspect_weights": list(cfg.aspect_weights), "data": pairs.hash(*fields),
-                       "val_data": val.hash(*fields), "tokenizer": tokenizer.hash,
+    return identity | {"aspect_weights": list(cfg.aspect_weights), "tokenizer": tokenizer.hash,
+                       "data": hashlib.sha256(b"".join(pairs.hashes(*fields))).hexdigest(),
+                       "val_data": hashlib.sha256(b"".join(val.hashes(*fields))).hexdigest(),
                        "init": policy and weights_hash(policy), "ref": reference and weights_hash(reference)}
 
 
@@ -153,26 +154,29 @@ def check_free(folder, resume, overwrite):
                           "--resume, --overwrite or another folder")
 
 
-def claim(folder, identity, resume, overwrite):
-    """Make the folder, lock it against a second writer until the returned lock is released, and compare what
-    the run is with what it was."""
+def claim(folder, record, resume, overwrite):
+    """Make the folder of a run, lock it against a second writer until the returned lock is released, and
+    write its run.json, or compare what the run is with what it was."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        check_free(folder, resume, overwrite)  # again: another process may have been there meanwhile
-        if resume:
-            check_identity(folder, read_run(folder)["identity"], identity)
-        elif overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
-            for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
-                for path in folder.glob(pattern):
-                    path.unlink()
-        return lock
     except Timeout:
         raise ConfigError(f"--out_dir {folder}: another process is writing there; choose another") from None
     except OSError as e:
-        lock.release()
         raise ConfigError(f"--out_dir {folder}: {e.strerror}; choose a folder that can be written") from None
+    try:
+        check_free(folder, resume, overwrite)  # again: another process may have been there meanwhile
+        if resume:
+            check_identity(folder, read_run(folder)["identity"], record["identity"])
+            return lock
+        if overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
+            with writing(folder):
+                for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
+                    for path in folder.glob(pattern):
+                        path.unlink()
+        write_json(folder / "run.json", record)
+        return lock
     except BaseException:
         lock.release()
         raise
@@ -198,17 +202,12 @@ class Run:
         self.stopped, self.signals, self.handlers = None, [], {}
 
     def __enter__(self):
-        self.lock = ranks.on_main(claim, self.folder, self.identity, self.cfg.resume, self.cfg.overwrite)
-        try:
-            if ranks.any_of(not self.folder.exists()):
-                raise ConfigError(f"--out_dir {self.folder}: another machine does not see what rank 0 writes "
-                                  "there; choose a folder that all machines share")
-            self.finished = self.cfg.resume and read_run(self.folder)["finished"] == self.cfg.steps
-            if not self.cfg.resume:
-                write_json(self.folder / "run.json", self.record)
-        except BaseException:
+        self.lock = ranks.on_main(claim, self.folder, self.record, self.cfg.resume, self.cfg.overwrite)
+        if ranks.any_of(not (self.folder / "run.json").exists()):
             self.__exit__()
-            raise
+            raise ConfigError(f"--out_dir {self.folder}: another machine does not see it; choose one that "
+                              "all machines share")
+        self.finished = read_run(self.folder)["finished"] == self.cfg.steps
 
         def note(number, frame):
             """The step ends first; a second signal kills."""
@@ -250,8 +249,8 @@ class Run:
 
     def steps(self):
         """The numbers of the steps to take; ends early after a signal."""
-        for i in report.bar(range(self.first + 1, self.cfg.steps + 1), self.cfg.loss, self.cfg.steps,
-                            initial=self.first, unit=" steps"):
+        steps = range(self.first + 1, self.cfg.steps + 1)
+        for i in report.bar(steps, self.cfg.loss, self.cfg.steps, initial=self.first, unit=" steps"):
             yield i
             if self.stopped and i < self.cfg.steps:
                 report.stopped(self.stopped, i, self.cfg)
@@ -322,19 +321,19 @@ class Run:
 
 
 class Log:
-    """log.jsonl: what was logged after the step from which a run goes on is dropped, and so are evaluations
-    of that step, which are made again where they are due."""
+    """log.jsonl, without what was logged after the step from which a run goes on; evaluations of that step
+    are made again where they are due."""
 
     @ranks.only_main
     def __init__(self, path, step, header):
         kept = []
         for line in path.read_bytes().splitlines(True) if path.exists() and step else []:
             try:
-                record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+                record = json.loads(line)
             except ValueError:
                 continue  # a line that a kill cut short
             if record.get("step", 0) < step or record.get("step") == step and "eval/loss" not in record:
-                kept.append(line)
+                kept.append(line.rstrip(b"\n") + b"\n")
         self.path = path
         write_atomically(path, lambda part: part.write_bytes(b"".join(kept)))
         self.write(header)

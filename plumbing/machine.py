@@ -77,11 +77,11 @@ def compiled(function):
     return torch.compile(function, dynamic=True)
 
 
-def compile_blocks(model, dynamic):
+def compile_blocks(model):
     """torch.compile of a new model's blocks, in place: they share a graph, so depth costs no time."""
     torch._dynamo.config.recompile_limit = 32
     for block in model.h:
-        block.compile(dynamic=dynamic)
+        block.compile(dynamic=True)
 
 
 def eager():

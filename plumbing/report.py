@@ -195,7 +195,7 @@ ADVICE = {  # what is added to the traceback of an error that is not ours
     ("out of memory", "can't allocate memory"):
         "a smaller --head_tokens or --micro_batch_tokens needs less memory and changes no result",
     ("torch._dynamo", "torch._inductor", "triton"):
-        "torch.compile failed: --no-pack --no-compile does without it"}
+        "torch.compile failed: --no-compile --no-compile_head does without it"}
 
 
 @contextmanager
