@@ -126,10 +126,10 @@ def tiny(name, seed=0):
     return model
 
 
-def random_pairs():
+def random_pairs(lengths=LENGTHS):
     rng, pairs, none = np.random.default_rng(0), [], np.zeros((1, 0))
-    for lengths in LENGTHS:
-        ids = [rng.integers(4, V - 9, n).astype(np.int32) for n in lengths]
+    for sides in lengths:
+        ids = [rng.integers(4, V - 9, n).astype(np.int32) for n in sides]
         pairs.append(Pair(*ids, 0 * ids[1], 0 * ids[2], none, none, "here"))
     return pack(pairs)
 
@@ -163,7 +163,7 @@ def plain_loss(model, reference, pair, cfg):
     return train.call(LOSSES[cfg.loss], terms, cfg).sum()
 
 
-def compare(model, other):
+def compare(model, other, losses=("dpo", "tdpo2")):
     """(rows a pair, largest relative difference of the losses, of the gradients) of a model and a reference.
     ConfigError where the port refuses it."""
     off, pairs = {"loss": 0.0, "gradient": 0.0}, random_pairs()
@@ -172,7 +172,7 @@ def compare(model, other):
         cfg = config("dpo")
         check_numbers(x, [pairs], cfg, "it")
     other.requires_grad_(False)
-    for loss in ("dpo", "tdpo2"):
+    for loss in losses:
         cfg, size = config(loss), 1 if loss == "tdpo2" else len(pairs)
         ref = Reference(reference, lambda b, c=cfg: train.hidden_states(reference, b, c),
                         lambda b, c=cfg: train.response_logps(reference, b, c))
@@ -193,7 +193,7 @@ def compare(model, other):
 
 def config(loss):
     return train.Config(loss=loss, settings=knobs_of(LOSSES[loss]), dtype="float64", device="cpu", compile=False,
-                        compile_head=False, pack=False, head_tokens=60, micro_batch_tokens=2048)
+                        compile_head=False, head_tokens=60, micro_batch_tokens=2048)
 
 
 def main(names):

@@ -213,7 +213,7 @@ def models(cfg, rank, tokenizer, *data):
             ref.shared, ref.trunks = policy.shared, [ref.model.get_submodule(names[policy.trunks[0]])]
         ref.requires_grad_(False)
     for model in filter(None, (policy, ref) if cfg.compile else ()):
-        machine.compile_blocks(model, dynamic=True)
+        machine.compile_blocks(model)
     return policy, ref, identity
 
 

@@ -115,7 +115,7 @@ def resolve(argv):
     parser = argparse.ArgumentParser(
         "huggingface.py", usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]",
         add_help=False, allow_abbrev=False, epilog="The other flags are train.py's, below; refused are "
-        "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head, --pack. --lr is 1e-6, with --lora 1e-5.")
+        "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head. --lr is 1e-6, with --lora 1e-5.")
     parser.add_argument("--lora", type=int, metavar="RANK",
                         help="train adapters of this rank, with peft; default 0: the model's own weights")
     parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init and end")
@@ -131,11 +131,11 @@ def resolve(argv):
         typed = {"lr": 1e-5 if rank else 1e-6} | typed
     cfg = flags.configure(train.Config, typed)
     flags.check(cfg, typed)
-    if cfg.init is None or rank < 0 or cfg.compile_head or cfg.pack:
-        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head, no --pack")
+    if cfg.init is None or rank < 0 or cfg.compile_head:
+        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head")
     sizes = ("tokenizer", "n_layer", "n_head", "n_embd")
     flags.refuse_unread(typed, dict.fromkeys(sizes, "the model has its own"))
-    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False, pack=False,
+    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False,
                   out_dir=cfg.out_dir if own.ask else flags.place_of_run(cfg))
     ranks.start(cfg.device)
     most = positions_of(loaded(AutoConfig, cfg.init))
