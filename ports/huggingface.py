@@ -64,6 +64,11 @@ class Policy(torch.nn.Module):
         return ((name, p) for name, p in super().named_parameters(*args, **kwargs)
                 if p.requires_grad or not self.peft)
 
+    def follow(self, other):
+        """Use the trunk and the rows of a checked model of the same architecture."""
+        names = {module: name for name, module in other.model.named_modules()}
+        self.shared, self.trunks = other.shared, [self.model.get_submodule(names[other.trunks[0]])]
+
     def forward(self, tokens, positions=None, mask=None):
         """The hidden states of rows that data.collate made, (B, T) -> (B, T, C)."""
         if mask is None:
@@ -196,21 +201,22 @@ def models(cfg, rank, tokenizer, *data):
     if rank:  # known by the model that they are put on
         identity["init"] = folder.weights_hash(policy)
         add_adapters(policy, rank, cfg.seed)
-    if max(int(pairs.ids.max()) for pairs in data) >= (size := policy.config.vocab_size):
+    largest = max(x.max() for part in data for p in part.pairs for x in (p.prompt, p.chosen, p.rejected) if len(x))
+    if largest >= (size := policy.config.vocab_size):
         raise ConfigError(f"--init {cfg.init}: its tokenizer has ids beyond the model's {size}")
     report.say(f"{cfg.init}: {setup.check_numbers(policy, data, cfg, f'--init {cfg.init}')}")
-    policy.probe = torch.from_numpy(data[0].ids[:64]).long()
+    policy.probe = torch.tensor([*data[0][0].prompt.tolist(), *data[0][0].chosen.tolist()])
     if with_ref and rank and not other:
         ref, identity["ref"] = WithoutAdapters(policy), identity["init"]
     elif with_ref:
         ref = load("ref", cfg.ref or cfg.init, cfg, tokenizer.eot)
         if other:
-            if setup.loaded(AutoTokenizer, cfg.ref).get_vocab() != tokenizer.own.get_vocab():
-                raise ConfigError(f"--ref {cfg.ref}: has another tokenizer than the policy")
+            own = setup.loaded(AutoTokenizer, cfg.ref).get_vocab()
+            if (own, ref.config.vocab_size) != (tokenizer.own.get_vocab(), size):
+                raise ConfigError(f"--ref {cfg.ref}: has another vocabulary than the policy")
             report.say(f"{cfg.ref}: {setup.check_numbers(ref, data, cfg, f'--ref {cfg.ref}')}")
         else:
-            names = {m: name for name, m in policy.model.named_modules()}
-            ref.shared, ref.trunks = policy.shared, [ref.model.get_submodule(names[policy.trunks[0]])]
+            ref.follow(policy)
         ref.requires_grad_(False)
     for model in filter(None, (policy, ref) if cfg.compile else ()):
         machine.compile_blocks(model)

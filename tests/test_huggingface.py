@@ -16,17 +16,16 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
 
 import train  # noqa: E402
-from data import Tokenizer, pack  # noqa: E402
+from data import Tokenizer  # noqa: E402
 from experiments import architectures  # noqa: E402
-from losses import LOSSES  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from plumbing import machine, ranks, report  # noqa: E402
 from plumbing.errors import ConfigError, DataError  # noqa: E402
 from ports import huggingface, huggingface_setup  # noqa: E402
 from ports.huggingface import Policy  # noqa: E402
 
-ONE = """llama qwen2 qwen3 gpt2 gpt_neox gemma2 gemma3 gemma4 cohere phi3 mixtral olmo2 glm4_moe deepseek_v3 gpt_oss
-         llama4 opt modernbert-decoder got_ocr2 falcon stablelm""".split()
+ONE = """llama qwen2 qwen3 gpt2 gpt_neox gemma2 gemma3 cohere phi3 mixtral olmo2 glm4_moe deepseek_v3 gpt_oss
+         llama4 opt modernbert-decoder falcon stablelm""".split()
 TWO = "gpt_neo bloom mamba bart gemma2@narrow mistral@narrow qwen3_next recurrent_gemma bamba".split()
 REFUSED = {"bert": "is not a causal model", "rwkv@deep": "changes its weights when it runs",
            "llama@dynamic": "a smaller --block_size", "phi3@longrope": "a smaller --block_size",
@@ -69,8 +68,7 @@ def test_a_trunk_that_gives_other_hidden_states_is_refused():
 def test_the_pairs_that_are_checked_are_the_ends_of_every_length_and_one_at_each_limit():
     lengths = [(9, 9, 9), (1, 9, 9), (20, 3, 4), (9, 30, 1), (8, 8, 10), (9, 10, 13), (9, 10, 16), (9, 9, 8)]
     found = huggingface_setup.telling(architectures.random_pairs(lengths), {21, 99})
-    ends = {1, 2, 3}  # shortest row and prompt; longest prompt, fewest chosen; longest row, fewest rejected
-    assert found == ends | {7, 5} | {2, 4} - {4}  # alone beyond 21: the row, one response's path, both paths
+    assert found == {1, 2, 3, 6} | {4, 5, 2}  # the ends; alone beyond 21: the row, one response's path, both
 
 
 # ---- From the command line ----
@@ -138,7 +136,7 @@ def refused(capsys, *argv):
     return said
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["sft", "dpop", "tdpo2", "2d-dpo"])
 def test_gpt2_gives_the_numbers_of_train_py(folder, eight, tmp_path, loss):
     """The same model by model.py and by transformers: the same log, loss by loss."""
     for main, out in ((train.main, "ours"), (huggingface.main, "port")):
@@ -161,12 +159,11 @@ def test_a_compiled_run_has_the_numbers_of_an_eager_one(folder, eight, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name, more", [("gpt2", []), ("bart", []), ("ernie4_5_moe", []), ("git", []),
-                                        ("xglm", ["--dtype", "float64"])])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(start, eight, tmp_path, name, more):
-    """Byte by byte; bart, ernie4_5_moe and git have parameters that never get a gradient."""
+@pytest.mark.parametrize("name", ["bart", "ernie4_5_moe"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(start, eight, tmp_path, name):
+    """Byte by byte, though a part of bart, and a tensor of each router of ernie4_5_moe, never get a gradient."""
     for out, steps, extra in (("whole", 3, []), ("parts", 1, []), ("parts", 3, ["--resume"])):
-        run(huggingface.main, start(name), eight, tmp_path / out, "--lr", 1e-2, *more, *extra, steps=steps)
+        run(huggingface.main, start(name), eight, tmp_path / out, "--lr", 1e-2, *extra, steps=steps)
     first, second = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "parts"))
     before = load_file(start(name) / "model.safetensors")
     assert first.keys() == second.keys() == before.keys()
@@ -210,12 +207,11 @@ def test_a_result_that_does_not_say_what_memory_says_is_not_put_there(folder, ei
         path = aside / "model.safetensors"
         save_file({key: x + 0.1 for key, x in load_file(path).items()}, path, {"format": "pt"})
 
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "save_pretrained", spoiled)
-    with pytest.raises(SystemExit) as status:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as status:
+        patch.setattr(transformers.GPT2LMHeadModel, "save_pretrained", spoiled)
         run(huggingface.main, folder, eight, tmp_path)
     assert "log-probabilities differ" in str(status.value) and "last checkpoint" in str(status.value)
     assert not (tmp_path / "model.safetensors").exists() and [*tmp_path.glob("checkpoints/*-0000002.*")]
-    monkeypatch.undo()
     run(huggingface.main, folder, eight, tmp_path, "--resume")
     assert (tmp_path / "model.safetensors").exists()
 
@@ -226,7 +222,7 @@ def test_a_start_that_could_not_be_saved_or_read_is_refused_before_training(fold
     common = "--init", tmp_path, "--data", eight, "--out_dir", tmp_path / "out"
     assert "tokenizer" in refused(capsys, *common)  # transformers makes an empty one of GPT-2's kind
     Tokenizer("bytes").save(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "num_beams": 1, "num_return_sequences": 3}')
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5}')
     assert "generation_config.json" in refused(capsys, *common)
     (tmp_path / "run.json").write_text(json.dumps(dict.fromkeys(("config", "identity", "saved", "finished"))))
     assert "not finished" in refused(capsys, *common)
@@ -235,14 +231,14 @@ def test_a_start_that_could_not_be_saved_or_read_is_refused_before_training(fold
 
 def test_another_reference_has_the_policy_s_tokenizer_and_rows_of_its_own(folder, start, eight, tmp_path, capsys):
     """A reference with a sliding window beside a policy without: two rows a pair for it alone."""
-    run(huggingface.main, folder, eight, tmp_path / "out", "--ref", start("mistral@narrow"))
+    run(huggingface.main, start("gpt2"), eight, tmp_path / "out", "--ref", start("mistral@narrow"))
     said = capsys.readouterr().out
-    assert f"{folder}: one row a pair" in said and f"{start('mistral@narrow')}: two rows a pair" in said
+    assert f"{start('gpt2')}: one row a pair" in said and f"{start('mistral@narrow')}: two rows a pair" in said
     other = transformers.AutoTokenizer.from_pretrained(folder)
     other.add_tokens(["new"])
     other.save_pretrained(tmp_path / "ref")
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "ref")
-    assert "another tokenizer" in refused(capsys, "--init", folder, "--ref", tmp_path / "ref", "--data", eight,
+    assert "another vocabulary" in refused(capsys, "--init", folder, "--ref", tmp_path / "ref", "--data", eight,
                                           "--out_dir", tmp_path / "out2")
 
 
@@ -250,24 +246,25 @@ def test_another_reference_has_the_policy_s_tokenizer_and_rows_of_its_own(folder
 def test_lora_trains_adapters_only_and_its_reference_is_without_them(start, eight, tmp_path, capsys):
     pytest.importorskip("peft", reason="needs peft: pip install peft")
     out = tmp_path / "out"
-    for loss in ("dpo", "tdpo1"):
-        run(huggingface.main, start("mixtral"), eight, out, "--loss", loss, "--lr", 1e-2, "--lora", 4, "--dtype",
-            "float64", "--overwrite", steps=8)
-        first, *_, last = [r for r in log_of(out) if "eval/loss" in r]
-        assert first["eval/loss"] == pytest.approx(np.log(2), abs=1e-12)
-        assert last["eval/loss"] < first["eval/loss"] - 0.01
-        assert all("lora_" in name for name in load_file(next(out.glob("checkpoints/*.safetensors"))))
-        before, after = (load_file(path / "model.safetensors") for path in (start("mixtral"), out))
-        changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed and all("attn" in name or "expert" in name or "gate" in name for name in changed)
+    run(huggingface.main, start("mixtral"), eight, out, "--loss", "tdpo1", "--lr", 1e-2, "--lora", 4, "--dtype",
+        "float64", steps=4)
+    first, *_, last = [r for r in log_of(out) if "eval/loss" in r]
+    assert first["eval/loss"] == pytest.approx(np.log(2), abs=1e-12)
+    assert last["eval/loss"] < first["eval/loss"] - 0.001
+    assert all("lora_" in name for name in load_file(next(out.glob("checkpoints/*.safetensors"))))
+    before, after = (load_file(path / "model.safetensors") for path in (start("mixtral"), out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("attn" in name or "expert" in name or "gate" in name for name in changed)
     said = capsys.readouterr().out
     assert "of rank 4 on 8 linear layers and 6 tensors of fused experts: " in said
     trained = sum(x.numel() for key, x in load_file(next(out.glob("checkpoints/*"))).items() if "model." in key[:6])
     assert f"{trained:,} of " in said and f" {trained:,} parameters" in said  # also in the headline
-    huggingface.main(["--resume", "--out_dir", str(out), "--steps", "9"])  # it knows that it has adapters
+    huggingface.main(["--resume", "--out_dir", str(out), "--steps", "5"])  # it knows that it has adapters
     assert log_of(out)[-1]["eval/loss"] < last["eval/loss"] + 0.01
-    assert "--init: another model" in refused(capsys, "--resume", "--out_dir", out, "--init", start("llama"), "--ref",
+    assert "--init: other model" in refused(capsys, "--resume", "--out_dir", out, "--init", start("llama"), "--ref",
                                               start("llama"), "--steps", 10)
+    assert "does not run on a row" in refused(capsys, "--init", start("xglm"), "--dtype", "float64", "--data", eight,
+                                              "--out_dir", tmp_path / "xglm")
     assert "says peft" in refused(capsys, "--init", start("mamba"), "--lora", 4, "--data", eight, "--out_dir",
                                   tmp_path / "mamba")
 
@@ -373,15 +370,14 @@ def test_logits_are_float32_in_a_bfloat16_run():
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_have_the_numbers_of_one_process(start, eight, tmp_path, monkeypatch):
     """Loss, log-ratios and gradient norm of each step to 1e-10, and one whole result."""
-    kinds = [(name, []) for name in ("llama", "qwen2", "gpt2", "gemma2", "mixtral", "mistral@narrow")]
-    kinds.append(("llama", ["--lora", 4]))
+    kinds = [("llama", []), ("gpt2", []), ("gemma2", ["--loss", "tdpo2"]), ("mixtral", []), ("qwen2", ["--lora", 4])]
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # norms are float32 in any model
     monkeypatch.setattr(ranks, "stop", lambda: None)  # one group for all runs
 
     def train_all(place):
-        with architectures.float64_throughout():
-            for i, (name, more) in enumerate(kinds):
-                run(huggingface.main, start(name), eight, tmp_path / place / str(i), "--micro_batch_size", 2, "--lr",
-                    1e-3, "--dtype", "float64", "--loss", "tdpo2" if name == "gemma2" else "dpo", *more)
+        for i, (name, more) in enumerate(kinds):
+            run(huggingface.main, start(name), eight, tmp_path / place / str(i), "--micro_batch_size", 2, "--lr", 1e-3,
+                "--dtype", "float64", *more)
 
     train_all("one")
     with socket.socket() as free:
