@@ -1,11 +1,9 @@
 """The losses on any causal language model of transformers, with its own tokenizer and chat template:
 
     python ports/huggingface.py --init FOLDER_OR_NAME --data FILE ... [--lora RANK] [flags of train.py]
-    python ports/huggingface.py --init FOLDER_OF_A_RUN --ask TEXT
 
-`Policy` gives the model the shape of model.GPT; the rest is train.py: step, evaluation, remembered reference,
-log, --resume, torchrun. --lora RANK trains adapters (needs peft); the reference is then the same model without
-them. The result is a folder for transformers, vLLM and the like.
+`Policy` gives the model the shape of model.GPT; the rest is train.py: step, evaluation, log, --resume, torchrun.
+The result is a folder for transformers, vLLM and the like, and --init FOLDER --ask TEXT samples it.
 """
 
 import sys
@@ -42,12 +40,12 @@ class Policy(torch.nn.Module):
     probe = None  # a row of ids that is compared at the end
 
     def __init__(self, model, saved_as=None, source=None):
-        """saved_as: {name: dtype} of the result's tensors. source(folder) opens a result, as a model."""
+        """saved_as: {name: dtype} of the result's tensors. source: opens a result's folder as a model."""
         super().__init__()
         self.model, self.saved_as, self.source = model, saved_as, source
         self.trunks, self.peft, self.shared = [model.get_decoder()], [], True  # lists: parts of self.model
-        self.config = GPTConfig(self.wte.num_embeddings, setup.positions_of(model.config), 1, 1,
-                                self.wte.embedding_dim)
+        size = self.wte.weight.shape
+        self.config = GPTConfig(size[0], setup.positions_of(model.config), 1, 1, size[1])
 
     @property
     def wte(self):
@@ -94,7 +92,7 @@ class Policy(torch.nn.Module):
         float32, for in bfloat16 a logit of 20 has steps of 0.125."""
         [trunk], hidden = self.trunks, hidden.to(self.wte.weight.dtype).unsqueeze(0)
         trunk.forward = lambda *_, **__: Given(last_hidden_state=hidden)
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        ids = torch.zeros_like(hidden[..., 0], dtype=torch.long)
         try:
             with torch.autocast(hidden.device.type, enabled=False):
                 return self.model(input_ids=ids).logits[0]
@@ -128,8 +126,8 @@ class Policy(torch.nn.Module):
             off = (setup.plain_logps(again, rows) - setup.plain_logps(self.model, rows)).abs().max().item()
             assert off <= 1e-3, f"log-probabilities differ by {off:.1e} nats"
         except Exception as e:  # transformers raises what it likes
-            raise RunError("the trained model and what is read from its files again are not the same; its "
-                           f"weights are in the last checkpoint ({setup.one_line(e)})") from None
+            raise RunError("the result, opened again, is not the trained model, whose weights are in the last "
+                           f"checkpoint ({setup.one_line(e)})") from None
         for file in aside.iterdir():
             file.replace(Path(folder, file.name))
         aside.rmdir()
@@ -170,8 +168,8 @@ def load(flag, name, cfg, eot):
     try:
         generation.validate(strict=True)
     except ValueError as e:
-        raise ConfigError(f"--{flag} {name}: its generation_config.json could not be saved again, mend it "
-                          f"({' '.join(str(e).split()):.200})") from None
+        raise ConfigError(f"--{flag} {name}: transformers would not save its generation_config.json, correct it "
+                          f"({setup.one_line(e)})") from None
     policy = train.prepared(policy, replace(cfg, compile=False))
     flags.check_model(flag, name, policy, cfg)
     return policy

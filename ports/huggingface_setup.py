@@ -19,16 +19,17 @@ from plumbing.folder import read_run
 
 
 class Tokenizer(data.Tokenizer):
-    """A tokenizer of transformers. Messages are rendered by its chat template, or as the core does where there
-    is none; a string is taken as it stands, after begin-of-text if the model has one."""
+    """A tokenizer of transformers. Messages are rendered by its chat template, or as by the core where it has
+    none; a string is taken as it stands, after begin-of-text if the model has one."""
 
     def __init__(self, own, segmented=False):
         """own: of AutoTokenizer. segmented: for a loss that finds the segments of responses by bytes."""
         self.own, self.segmented, self.vocab_size, self.rendered = own, segmented, len(own), 0
         if not own.encode("a", add_special_tokens=False):  # transformers makes an empty one without a word
             raise ConfigError("--init: holds no tokenizer that transformers can read")
-        identity = sorted(own.get_vocab().items()), own.chat_template
-        self.hash = sha256(repr(identity).encode()).hexdigest()
+        self.save, self.decode = own.save_pretrained, lambda ids: own.decode([int(i) for i in ids])
+        self.encode_batch = lambda texts: [self.encode(text) for text in texts]
+        self.hash = sha256(repr((sorted(own.get_vocab().items()), own.chat_template)).encode()).hexdigest()
         self.lead = "" if own.chat_template else super().lead
         self.eot = self.end_of_turn() if own.chat_template else own.eos_token_id
         if self.eot is None:
@@ -66,9 +67,6 @@ class Tokenizer(data.Tokenizer):
                             "their bytes; choose a loss without segments")
         return ids
 
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
     def encode_prompts(self, prompts):
         """Prompts, strings or lists of messages -> lists of ids."""
         return [self.begin + self.encode(prompt) or [self.eot] if isinstance(prompt, str) else
@@ -87,11 +85,13 @@ class Tokenizer(data.Tokenizer):
             raise DataError(f"{messages[-1]['content'][:40]!r}: the model's chat template refuses this "
                             f"conversation ({e}); change the record") from None
 
-    def decode(self, ids):
-        return self.own.decode([int(i) for i in ids])
 
-    def save(self, folder):
-        self.own.save_pretrained(folder)
+def sum_of_bytes(x):
+    return x.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item()
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
 
 
 def loaded(kind, name, **kwargs):
@@ -101,7 +101,7 @@ def loaded(kind, name, **kwargs):
     try:
         return kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"{name}: {' '.join(str(e).split()):.200}") from None
+        raise ConfigError(f"{name}: {one_line(e)}") from None
 
 
 def positions_of(config):
@@ -113,28 +113,23 @@ def positions_of(config):
 def resolve(argv):
     """argv -> (Config, rank of the adapters or 0, Tokenizer, the text of --ask or None)."""
     parser = argparse.ArgumentParser(
-        "huggingface.py", usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]",
-        add_help=False, allow_abbrev=False, epilog="The other flags are train.py's, below; refused are "
-        "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head. --lr is 1e-6, with --lora 1e-5.")
-    parser.add_argument("--lora", type=int, metavar="RANK",
-                        help="train adapters of this rank, with peft; default 0: the model's own weights")
+        usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]", add_help=False,
+        allow_abbrev=False, epilog="The others are train.py's, below; --lr is 1e-6, with --lora 1e-5.")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, with peft")
     parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init and end")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & {*rest}:
         parser.print_help()
-        print()
     typed = flags.parse(train.Config, rest)
-    if own.lora is None and typed.get("resume") and "out_dir" in typed:
-        own.lora = read_run(typed["out_dir"])["identity"].get("lora")
-    rank = own.lora or 0
-    if not typed.get("resume"):
-        typed = {"lr": 1e-5 if rank else 1e-6} | typed
+    if typed.get("resume") and "out_dir" in typed:
+        own.lora = own.lora or read_run(typed["out_dir"])["identity"].get("lora")
+    else:
+        typed = {"lr": 1e-5 if own.lora else 1e-6} | typed
     cfg = flags.configure(train.Config, typed)
     flags.check(cfg, typed)
-    if cfg.init is None or rank < 0 or cfg.compile_head:
+    if cfg.init is None or (own.lora or 0) < 0 or cfg.compile_head:
         raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head")
-    sizes = ("tokenizer", "n_layer", "n_head", "n_embd")
-    flags.refuse_unread(typed, dict.fromkeys(sizes, "the model has its own"))
+    flags.refuse_unread(typed, dict.fromkeys(("tokenizer", *flags.SIZES[:3]), "the model has its own"))
     cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False,
                   out_dir=cfg.out_dir if own.ask else flags.place_of_run(cfg))
     ranks.start(cfg.device)
@@ -142,13 +137,12 @@ def resolve(argv):
     tokenizer = Tokenizer(loaded(AutoTokenizer, cfg.init), "chosen_rewards" in terms_of(LOSSES[cfg.loss]))
     if "block_size" not in typed and not cfg.resume:
         cfg = replace(cfg, block_size=min(2048, most))
-    return flags.for_machine(cfg, tokenizer.vocab_size), rank, tokenizer, own.ask
+    return flags.for_machine(cfg, tokenizer.vocab_size), own.lora or 0, tokenizer, own.ask
 
 
 # ---- Numbers decide: which trunk, which rows ----
 
 LIMIT = re.compile(r"window|chunk|top_?k|position|local|length|span|block|ctx|budget|extent")
-SMALLER = "where long texts are the reason, a smaller --block_size avoids it"
 
 
 def limits(config):
@@ -159,55 +153,45 @@ def limits(config):
 
 
 def telling(pairs, limits):
-    """The numbers of some pairs: the longest and the shortest by every length, and for each limit the shortest
-    with only the shared row beyond it, with one plain row beyond it, with both."""
+    """The numbers of some pairs: the longest and the shortest by every length, and for each limit the
+    shortest with only the shared row beyond it, with one plain row beyond it, with both."""
     P, C, R = (pairs.rows[name] for name in "PCR")
     row, longer, shorter = P + C + R, P + np.maximum(C, R), P + np.minimum(C, R)
     found = {int(end(x)) for x in (row, longer, P, C, R) for end in (np.argmax, np.argmin)}
     for limit in limits:
         for over in (row > limit) & (longer <= limit), (longer > limit) & (shorter <= limit), shorter > limit:
-            if over.any():
-                found.add(int(np.where(over, row, row.max() + 1).argmin()))
+            found |= {int(np.where(over, row, row.max() + 1).argmin())} if over.any() else set()
     return found
 
 
 def tensors_of(model):
     """{name: tensor} of all that is saved, without the gathering that state_dict() does under torchrun."""
-    temporary = {f"{path}.{name}" for path, m in model.named_modules() for name in m._non_persistent_buffers_set}
-    return dict(model.named_parameters(remove_duplicate=False)) | {
-        name: x for name, x in model.named_buffers(remove_duplicate=False) if name not in temporary}
+    unsaved = {f"{at}.{name}" for at, m in model.named_modules() for name in m._non_persistent_buffers_set}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: x for name, x in every if name not in unsaved}
 
 
-def fingerprint(model):
-    """The sum of the bytes of each tensor."""
-    return [x.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item() for x in tensors_of(model).values()]
-
-
-def inside(module):
+def parts_of(module):
     """Parts of a model that may give the hidden states its head takes, most likely first."""
     found = [module.get_decoder()] if hasattr(module, "get_decoder") else []
     found += [getattr(module, name, None) for name in ("base_model", "model")]
     return [x for x in found if isinstance(x, torch.nn.Module) and x is not module]
 
 
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
-
-
 @torch.no_grad()
 def choose_trunk(policy, row, tolerance, name):
     """Find the trunk whose output, given to the model's own head, is what the model says of a row of ids."""
-    other = row.clone()
+    other, why = row.clone(), "it has none"
     other[-1] = (row[-1] + 1) % policy.config.vocab_size
     try:
         own, changed = (policy.model(input_ids=x[None]).logits[0, :-1] for x in (row, other))
     except Exception as e:  # a model that needs more than tokens raises what it likes
         raise ConfigError(f"{name}: does not run on a row of tokens ({one_line(e)})") from None
     if (own - changed).abs().max() > tolerance:
-        raise ConfigError(f"{name}: is not a causal model: a later token changes what it says of earlier ones "
-                          "(is_decoder in its config.json?)")
-    why = "it has none"
-    for trunk in dict.fromkeys(inside(policy.model) + [y for x in inside(policy.model) for y in inside(x)]):
+        raise ConfigError(f"{name}: is not a causal model: a later token changes what it says of an earlier "
+                          "one (is_decoder in its config.json?)")
+    first = parts_of(policy.model)
+    for trunk in dict.fromkeys(first + [y for x in first for y in parts_of(x)]):
         try:
             policy.trunks = [trunk]
             off = (policy.logits(policy(row[None])[0, :-1]) - own).abs().max().item()
@@ -227,24 +211,19 @@ def plain_logps(model, rows):
 
 
 def check_numbers(policy, parts, cfg, name):
-    """Set policy.trunks and policy.shared by numbers: the log-probabilities of telling pairs, long and short
-    ones in one micro-batch, must be the model's own in plain rows. parts: all Pairs of the run. Returns what
-    to print; raises ConfigError where no way is right."""
-    exact, before = cfg.dtype == "float64", fingerprint(policy)
-    cfg, tolerance = replace(cfg, dtype="float64" if exact else "float32"), 1e-5 if exact else 1e-3  # nats
-    bounds = limits(policy.model.config.to_dict())
+    """Set policy.trunks and policy.shared by numbers: the log-probabilities of telling pairs of the run's data,
+    long and short ones in one micro-batch, must be the model's own in plain rows. Returns what to print;
+    raises ConfigError where no way is right."""
+    before = [sum_of_bytes(x) for x in tensors_of(policy).values()]
+    dtype, tolerance = ("float64", 1e-5) if cfg.dtype == "float64" else ("float32", 1e-3)  # nats
+    cfg, bounds = replace(cfg, dtype=dtype), limits(policy.model.config.to_dict())
     pairs = sorted((part[i] for part in parts for i in telling(part, bounds)), key=len)
-    pairs = [pair for two in zip(pairs, pairs[::-1], strict=True) for pair in two][:len(pairs)]  # short, long
+    pairs = [p for two in zip(pairs, pairs[::-1], strict=True) for p in two][:len(pairs)]  # short, long, ...
     rows = [(torch.from_numpy(np.concatenate([p.prompt, y])).long().to(cfg.device), len(p.prompt))
             for p in pairs for y in (p.chosen, p.rejected) if len(y)]
     choose_trunk(policy, sorted(rows, key=lambda row: len(row[0]))[len(rows) // 2][0], tolerance, name)
-    plain = plain_logps(policy.model, rows)
-    again = torch.cat([plain_logps(policy.model, [row]) for row in rows[::-1]][::-1])
-    if (off := (again - plain).abs().max().item()) > tolerance:
-        raise ConfigError(f"{name}: its own log-probabilities change by {off:.1e} nats with what it read "
-                          f"before; {SMALLER}")
+    plain, why = plain_logps(policy.model, rows), "a shared prompt changes its numbers"
     micros = [data.collate(pairs[i:i + 2]).to(cfg.device) for i in range(0, len(pairs), 2)]
-    why = "a shared prompt changes its numbers"
     for policy.shared in (True, False):
         try:
             found = torch.cat([train.response_logps(policy, micro, cfg) for micro in micros])
@@ -254,13 +233,13 @@ def check_numbers(policy, parts, cfg, name):
         if off <= tolerance:
             break
     else:
-        raise ConfigError(f"{name}: log-probabilities differ from the model's own by {off:.1e} nats, with two "
-                          f"rows a pair too; {SMALLER}")
+        raise ConfigError(f"{name}: log-probabilities are off by {off:.1e} nats, with two rows a pair too; "
+                          "where long texts are the reason, a smaller --block_size avoids it")
     try:
         train.hidden_states(policy, micros[0], cfg).sum().backward()
     except Exception as e:
         raise ConfigError(f"{name}: cannot be trained ({one_line(e)})") from None
     policy.zero_grad(set_to_none=True)
-    if fingerprint(policy) != before:
-        raise ConfigError(f"{name}: changes its weights when it runs, so what is saved is not what was trained")
+    if before != [sum_of_bytes(x) for x in tensors_of(policy).values()]:
+        raise ConfigError(f"{name}: changes its weights when it runs, in no step of training")
     return "one row a pair, the prompt shared" if policy.shared else f"two rows a pair: {why}"
