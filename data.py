@@ -21,9 +21,8 @@ import torch
 from losses import segment_rewards, segment_sum
 from plumbing.errors import DataError, UnusablePair
 
+
 # ---- Tokenizer ----
-
-
 class Tokenizer:
     """Byte-pair encoding by tiktoken, from one of
         gpt2               the 50257 ids of GPT-2 (from tiktoken's cache, or downloaded by it)
@@ -77,8 +76,6 @@ class Tokenizer:
 
 
 # ---- One pair ----
-
-
 @dataclass
 class Pair:
     """One preference pair in token ids."""
@@ -149,8 +146,6 @@ def segments_of(tokenizer, ids, segments):
 
 
 # ---- A data set ----
-
-
 @dataclass
 class Pairs:
     """A data set: pairs in their order. One in which some pair has no scores has none: n_aspects is 0."""
@@ -254,8 +249,6 @@ def hold_out(pairs, fraction=0.1, at_most=256):
 
 
 # ---- Which pairs, in which order ----
-
-
 @lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -385,8 +378,6 @@ def collate(pairs, multiple=1):
 
 
 # ---- Batch -> the arguments of a loss ----
-
-
 def pair_terms(batch, pairs, aspect_weights=(), **tokens):
     """All that a loss may ask for by name (losses.TERMS), for a slice of the pairs of a batch, B of them.
 

@@ -33,9 +33,8 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+
 # ---- From logits to log-probabilities ----
-
-
 def at_least_float32(function):
     """Decorator: half precision becomes float32 on the way in; float32 and float64 stay as they are."""
     def widen(x):
@@ -94,8 +93,6 @@ def segment_sum(values, segment, num):
 
 
 # ---- The losses. TERMS, at the end, lists their arguments ----
-
-
 @at_least_float32
 def sft_loss(chosen_logps):
     """Supervised fine-tuning: the negative log-likelihood -log pi(y_w|x) of the chosen response.

@@ -1,11 +1,10 @@
-"""GPT-2 from scratch. Needs torch; files and downloads are plumbing/pretrained.py.
+"""GPT-2 from scratch; files and downloads are plumbing/pretrained.py.
 
 Shapes: B rows, T tokens, P cached tokens, C = n_embd channels, H heads, D = C / H, V vocabulary.
 The trunk (`forward`) and the head (`logits`) are apart, so that the head can run on response tokens only.
 
 Another architecture is tried by editing this file alone: the scripts need GPT.forward, logits, generate,
-config, the embedding `wte` and the list of blocks `h`. A model with GPT-2's parameters is saved in Hugging
-Face's layout, so an edit that keeps them all (another activation, say) is read elsewhere as a plain GPT-2.
+config, the embedding `wte` and the list of blocks `h`. What computes GPT-2 is saved in Hugging Face's layout.
 """
 
 import math
@@ -16,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from plumbing import pretrained
 from plumbing.errors import ModelError
 
 
@@ -36,20 +36,19 @@ class GPTConfig:
 
 
 class Cache:
-    """The keys and values of the tokens so far, layer by layer, for generation."""
-
-    def __init__(self, n_layer):
-        self.keys, self.values = [None] * n_layer, [None] * n_layer  # each (B, H, P, D)
-
-    def __len__(self):
-        return 0 if self.keys[-1] is None else self.keys[-1].shape[-2]
+    """The keys and values of up to `positions` tokens, layer by layer, each (B, H, positions, D)."""
+    def __init__(self, n_layer, positions):
+        self.keys, self.values, self.positions = [None] * n_layer, [None] * n_layer, positions
+        self.length = 0  # P; GPT.forward counts
 
     def extend(self, layer, k, v):
-        """Append the keys and values of new tokens, (B, H, T, D), to a layer's: all, (B, H, P+T, D)."""
-        if self.keys[layer] is not None:
-            k, v = torch.cat([self.keys[layer], k], dim=-2), torch.cat([self.values[layer], v], dim=-2)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
+        """Write those of new tokens, (B, H, T, D), in place: views of all the layer's, (B, H, P+T, D)."""
+        end = self.length + k.shape[-2]
+        for kept, new in ((self.keys, k), (self.values, v)):
+            if kept[layer] is None:
+                kept[layer] = new.new_empty(*new.shape[:2], self.positions, new.shape[-1])
+            kept[layer][..., self.length:end, :] = new
+        return self.keys[layer][..., :end, :], self.values[layer][..., :end, :]
 
 
 class Attention(nn.Module):
@@ -62,7 +61,7 @@ class Attention(nn.Module):
     def forward(self, x, mask, cache):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        is_causal = mask is None and (cache is None or len(cache) == 0)  # a token sees all of a cache
+        is_causal = mask is None and (cache is None or cache.length == 0)  # a token sees all of a cache
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, P+T, D)
         if isinstance(mask, BlockMask):
@@ -97,8 +96,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The decoder. vocab_multiple rounds the embedding table up (a multiple of 64 is faster): the extra
-    rows are 0, and never looked up, scored, sampled or saved.
-    """
+    rows are 0, and never looked up, scored, sampled or saved."""
 
     def __init__(self, config, vocab_multiple=1):
         super().__init__()
@@ -115,15 +113,15 @@ class GPT(nn.Module):
         padding = -config.vocab_size % vocab_multiple  # last: the same seed draws the same weights without it
         self.wte.weight = nn.Parameter(F.pad(self.wte.weight.detach(), (0, 0, 0, padding)))
         self.wte.num_embeddings += padding
+        self.eval()  # an edit's dropout stays off: policy and reference agree before the first step
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
         """Hidden states after the final LayerNorm: tokens (B, T) -> (B, T, C).
 
         positions (B, T), by default counted on from the cache. mask (B, 1, T, P+T), bool, True where a token
-        (row) may attend to another (column), or a BlockMask of FlexAttention; by default causal. cache: the
-        Cache of the P tokens before; it is extended in place.
-        """
-        T, P = tokens.shape[-1], 0 if cache is None else len(cache)
+        (row) may attend to another (column), or a BlockMask; by default causal. cache: of the P tokens
+        before, or None; it is extended in place."""
+        T, P = tokens.shape[-1], 0 if cache is None else cache.length
         if positions is None:
             if P + T > self.config.block_size:
                 raise ModelError(f"{P + T} tokens do not fit block_size {self.config.block_size}")
@@ -133,14 +131,15 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for block in self.h:
             x = block(x, mask, cache)
+        if cache is not None:
+            cache.length = P + T
         return self.ln_f(x)
 
     def logits(self, hidden, centered=False):
         """The tied head: hidden (..., C) -> (..., V). Rows that only pad the table are cropped here.
 
-        centered: less their mean, which no softmax sees. GPT-2's logits are about -110, where bfloat16 has
-        steps of 0.5; centred they are small and have small steps.
-        """
+        centered: less their mean, which no softmax sees. GPT-2's are about -110, where bfloat16 has steps of
+        0.5; centred they are small and have small steps."""
         table = self.wte.weight
         if centered:
             table = table - table[:self.config.vocab_size].detach().mean(0)
@@ -149,45 +148,42 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, eos=None,
                  generator=None):
-        """Continue each row of tokens (B, T) by up to max_new_tokens: (B, T + n), prompt and continuation.
+        """Continue each row of tokens (B, T) up to T + max_new_tokens: prompt and continuation.
 
-        temperature 0 takes the most likely token. top_k keeps the k most likely tokens, top_p the fewest that
-        together reach probability p. A row that has produced `eos` repeats it until all rows have. Beyond
-        block_size the model sees the last block_size tokens, recomputed each time.
-        """
-        if tokens.shape[1] == 0:
+        A prompt shorter than T is filled up with -1: its continuation begins there. temperature 0 takes the
+        most likely token. top_k keeps the k most likely tokens, top_p the fewest that together reach p. A row
+        that has produced `eos` repeats it. Beyond block_size the last block_size tokens are recomputed."""
+        T, shortest = tokens.shape[1], int((tokens >= 0).sum(-1).min())
+        if shortest == 0:
             raise ModelError("generate needs at least one token; end-of-text serves as an empty prompt")
-        if not temperature >= 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
-            raise ModelError(f"sampling with temperature {temperature}, top_k {top_k}, top_p {top_p}: "
+        if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
+            raise ModelError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: "
                              "needs temperature >= 0, top_k >= 1, 0 < top_p <= 1")
-        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)  # (B,)
-        cache = Cache(self.config.n_layer)
-        for _ in range(max_new_tokens):
-            if len(cache) == self.config.block_size:
-                cache = Cache(self.config.n_layer)
-            new = tokens[:, -1:] if len(cache) else tokens[:, -self.config.block_size:]
-            hidden = self(new, cache=cache)[:, -1]  # (B, C)
-            token = sample_token(self.logits(hidden).float(), temperature, top_k, top_p, generator)  # (B,)
-            if eos is not None:
-                token = torch.where(done, eos, token)
-                done = token == eos
-            tokens = torch.cat([tokens, token.unsqueeze(-1)], dim=-1)
-            if eos is not None and done.all():
-                break
-        return tokens
+        text, end = F.pad(tokens, (0, max_new_tokens), value=-1), T
+        rows = torch.arange(len(text), device=text.device)  # those that go on
+        cache = Cache(self.config.n_layer, min(self.config.block_size, T + max_new_tokens))
+        for end in range(shortest + 1, T + max_new_tokens + 1):
+            cache.length %= self.config.block_size  # a full one is written anew
+            begin = end - 2 if cache.length else max(0, end - 1 - self.config.block_size)
+            hidden = self(text[rows, begin:end - 1], cache=cache)[:, -1]  # (rows, C)
+            token = sample_token(self.logits(hidden).float(), temperature, top_k, top_p, generator)
+            given = text[rows, end - 1]  # of a longer prompt, or -1
+            text[rows, end - 1] = torch.where(given < 0, token, given)
+            if eos is not None and (ended := (given < 0) & (token == eos)).any():
+                text[rows[ended], end:] = eos
+                rows = rows[~ended]
+                cache.keys, cache.values = ([x[~ended] for x in kept] for kept in (cache.keys, cache.values))
+                if not len(rows):
+                    break
+        return text[:, :end]
 
     @classmethod
     def from_pretrained(cls, name_or_folder, vocab_multiple=1):
-        """Read a folder of save_pretrained or transformers, or a GPT-2 by name (gpt2, ...), in float32.
-
-        Raises ModelError, in one line, for anything that is not a model of this kind.
-        """
-        from plumbing import pretrained
+        """A folder of save_pretrained or transformers, or a name (gpt2, ...), in float32; or ModelError."""
         return pretrained.read(cls, GPTConfig, name_or_folder, vocab_multiple)
 
     def save_pretrained(self, folder, eos=None):
         """Write config.json and model.safetensors. eos is the end-of-text id at which other programs stop."""
-        from plumbing import pretrained
         pretrained.write(self, folder, eos)
 
 
@@ -195,8 +191,23 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     """One token a row: logits (B, V) -> (B,). top_p looks at the distribution that top_k leaves."""
     if temperature < 1e-6:  # 0, or so small that logits / temperature would overflow
         return logits.argmax(-1)
-    logits, order = logits.sort(descending=True, stable=True)  # (B, V), most likely first
-    probs = (logits[:, :top_k] / temperature).softmax(-1)  # (B, K)
-    if top_p is not None:
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # what comes before reaches p already
-    return order.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
+    ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    if top_k is not None:
+        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # (B, K)
+    probs = (logits / temperature).softmax(-1)
+    at = draw(probs, generator)  # (B, 1)
+    while top_p is not None and top_p < 1:  # no sort: a token beyond p is drawn again, from those before it
+        p = probs.gather(-1, at)
+        before = probs * ((probs > p) | (probs == p) & (ids < ids.gather(-1, at)))
+        beyond = before.sum(-1, keepdim=True) >= top_p
+        if not beyond.any():
+            break
+        at = torch.where(beyond, draw(before, generator), at)
+    return ids.gather(-1, at).squeeze(-1)
+
+
+def draw(weights, generator):
+    """An index a row, (B, 1), in proportion to weights (B, V), by one uniform number on their running sum."""
+    sums = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
+    u = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator)
+    return torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp(max=sums.shape[-1] - 1)

@@ -1,7 +1,8 @@
-"""Answers of a policy beside its reference's: python sample.py OUT_DIR --prompt "..." [--heat]
+"""Answers of a model, beside its reference's: python sample.py MODEL --prompt "..." [--heat]
 
---heat shows the implicit reward beta log pi(y_t|..)/pi_ref(y_t|..) of every token of the answer: where
-training made it likelier than under the reference (green, +) or less likely (red, -).
+MODEL is the folder of a run, finished or not, the folder of a model, or a name (gpt2, ...). --heat shows
+the implicit reward beta log pi(y_t|..)/pi_ref(y_t|..) of every token of the answer: where training made it
+likelier than under the reference (green, +) or less likely (red, -).
 """
 
 from train import Config, response_logps  # isort: skip  (first: it sets what torch reads on import)
@@ -16,48 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DataError, Pair, Tokenizer, collate
-from model import GPT
-from plumbing import formats, machine, vocab
+from data import Pair, Tokenizer, collate
+from plumbing import machine, pairs, pretrained, vocab
 from plumbing.errors import ConfigError
-from plumbing.files import read_bytes
-from plumbing.flags import check_vocabulary, model_sizes
-from plumbing.folder import read_run, weights_hash
+from plumbing.flags import check_tokens, read_sizes
+from plumbing.folder import open_model, read_run, weights_hash
 from plumbing.report import fail, one_line_errors, sampling
-
-
-def read_prompts(path):
-    """Prompts of a file, or of stdin for "-": texts, or objects with a "prompt"."""
-    prompts = []
-    try:
-        for where, record in read_texts(path):
-            try:
-                prompt = record["prompt"] if isinstance(record, dict) else record
-                prompt.encode()
-            except (KeyError, AttributeError, UnicodeEncodeError):  # no text, or half a surrogate pair
-                raise DataError(f'{where}: no text and no JSON object with a "prompt"') from None
-            prompts += [prompt] if prompt.strip() else []
-        if not prompts:
-            raise DataError(f"{path}: holds no prompt")
-    except DataError as e:
-        raise ConfigError(f"--prompts {e}") from None
-    return prompts
-
-
-def read_texts(path):
-    """(where, text or object): the items of an array, the rows of a table, or lines, plain or of JSONL."""
-    if formats.ending(path) in {*formats.ENDINGS, ".json"} - {".jsonl"}:
-        yield from formats.read_records(path)
-        return
-    try:
-        text = (sys.stdin.buffer.read() if path == "-" else read_bytes(path)).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8") from None
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if line.lstrip().startswith("{"):
-            yield from ((f"{path}:{number}", record) for _, record in formats.read_lines(path, line.encode()))
-        else:
-            yield f"{path}:{number}", line
 
 
 def token_rewards(policy, reference, prompt, response, beta):
@@ -105,11 +70,11 @@ def side_by_side(columns, width):
 def parse_flags(argv):
     parser = argparse.ArgumentParser("sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail("sample.py", message)
-    parser.add_argument("out_dir", help="the folder of a preference run, or of SFT with --ref")
+    parser.add_argument("model", help="the folder of a run or of a model, or a name: gpt2, ...")
     parser.add_argument("--prompt", action="append", default=[], help="as in the data (may be repeated)")
     parser.add_argument("--prompts", help='a file: one prompt a line, or data with a "prompt"; - is stdin')
     parser.add_argument("--chat", action="store_true",
-                        help="render each prompt as a Human turn, like chat and instruction data")
+                        help="take each prompt as a user's message, and render it as in training")
     parser.add_argument("--response", help="score this response, not a sampled one (with --heat)")
     parser.add_argument("--heat", action="store_true", help="beta log pi/pi_ref of every token of the answer")
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None,
@@ -130,9 +95,6 @@ def check(args):
     for flag, fine, needs in (
             ("response", args.response is None or args.heat, "goes with --heat"),
             ("max_new_tokens", args.max_new_tokens >= 1, "must be at least 1"),
-            ("temperature", args.temperature >= 0, "must be at least 0"),
-            ("top_k", args.top_k is None or args.top_k >= 1, "must be at least 1"),
-            ("top_p", args.top_p is None or 0 < args.top_p <= 1, "must be greater than 0 and at most 1"),
             ("seed", 0 <= args.seed < 2**63, "must be at least 0 and below 2^63"),
             ("device", machine.usable(args.device), "torch cannot use it here; choose cpu")):
         if not fine:
@@ -140,71 +102,85 @@ def check(args):
 
 
 def load(args):
-    """(policy, reference, tokenizer, beta) of a run's folder."""
-    run = read_run(args.out_dir)
-    config = run["config"]
-    ref = args.ref or config["ref"]
-    if not Path(args.out_dir, "model.safetensors").exists():
-        raise ConfigError(f"{args.out_dir}: this run has not finished; train.py --resume --out_dir "
-                          f"{args.out_dir} goes on")
-    if ref is None:
-        raise ConfigError(f"{args.out_dir}: this run has no reference; name one with --ref")
-    tokenizer = Tokenizer(args.out_dir)
-    model_sizes("ref", ref)  # refuses a folder that is not there, or not there any more
-    policy, reference = (GPT.from_pretrained(name).to(args.device) for name in (args.out_dir, ref))
-    hashed = reference.double() if config.get("dtype") == "float64" else reference
-    if args.ref is None and run["identity"].get("ref") not in (None, weights_hash(hashed)):
+    """(policy, reference or None, tokenizer, beta): a run has a reference, other models only one of --ref."""
+    folder, run = Path(args.model), {"config": {}, "identity": {}}
+    if (folder / "run.json").exists():
+        run = read_run(folder)
+    if args.model not in pretrained.NAMES:
+        kind = pretrained.load_config(folder).get("model_type")
+        if kind not in (None, "gpt2", pretrained.OWN):
+            raise ConfigError(f"{folder}: a {kind}, as ports/huggingface.py trains; sample it by "
+                              f"transformers.pipeline('text-generation', {args.model!r})")
+        if not vocab.is_in(folder):
+            raise ConfigError(f"{folder}: holds no tokenizer; put its files there")
+    tokenizer = Tokenizer(args.model)
+    policy = open_model(args.model).to(args.device)
+    check_tokens("model", args.model, policy.config, tokenizer)
+    ref, beta = args.ref or run["config"].get("ref"), run["config"].get("beta") or 1.0  # 1: plain log-ratios
+    if not args.ref and ref and ref not in pretrained.NAMES and not Path(ref).exists():
+        print(f"(the run's reference, {ref}, is not there any more; --ref names another place)")
+        ref = None
+    if not ref:
+        return policy, None, tokenizer, beta
+    check_tokens("ref", ref, read_sizes("ref", ref), tokenizer)
+    reference = open_model(ref)
+    hashed = reference.double() if run["config"].get("dtype") == "float64" else reference
+    if not args.ref and run["identity"].get("ref") not in (None, weights_hash(hashed)):
         raise ConfigError(f"{ref}: is no longer the reference of this run; name the right one with --ref")
-    reference.float()
-    if vocab.is_in(ref) and Tokenizer(ref).hash != tokenizer.hash:
-        raise ConfigError(f"--ref {ref}: has another tokenizer than the run")
-    check_vocabulary("ref", ref, reference.config.vocab_size, tokenizer)
-    return policy, reference, tokenizer, config["beta"] or 1.0  # without a beta: plain log-ratios
+    return policy, reference.float().to(args.device), tokenizer, beta
 
 
 def sample(args):
     """Print what the flags ask for."""
     check(args)
-    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    prompts = args.prompt + (pairs.read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ConfigError('--prompt: say what to answer, --prompt "..." or --prompts FILE')
+    if args.chat:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     policy, reference, tokenizer, beta = load(args)
+    if args.heat and not reference:
+        raise ConfigError("--heat: needs a reference to compare with; name one with --ref")
+    models = {"reference": reference, "policy": policy} if reference else {"answer": policy}
+    block_size = min(model.config.block_size for model in models.values())
     color = args.color if args.color is not None else sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = shutil.get_terminal_size((100, 24)).columns
-    block_size = min(model.config.block_size for model in (policy, reference))
-    for prompt in prompts:
-        if args.chat:
-            prompt = formats.TURN["user"] + prompt + formats.ASSISTANT
-        ids = np.array(tokenizer.encode(prompt) or [tokenizer.eot])
-        response = None
-        if args.response is not None:
-            response = np.array([*tokenizer.encode(args.response), tokenizer.eot])
-        room = block_size - (args.max_new_tokens if response is None else len(response))
+    for at in range(0, len(prompts), 64):  # a batch
+        batch, answers = prompts[at:at + 64], {}
+        given = args.response and ("" if isinstance(batch[0], str) else tokenizer.lead) + args.response
+        given = given and np.array([*tokenizer.encode(given), tokenizer.eot])
+        room = block_size - (args.max_new_tokens if given is None else len(given))
         if room < 1:
             raise ConfigError(f"the answer may take all of block_size {block_size}: no room for a prompt")
-        if len(ids) > room:
-            print(f"(the prompt loses its first {len(ids) - room} tokens: block_size {block_size})")
-        ids = ids[-room:]
-        print(f"prompt: {prompt.strip()}\n")
-        if response is None:
-            answers = [generate(model, tokenizer, ids, args) for model in (reference, policy)]
-            texts = [tokenizer.decode(a[a != tokenizer.eot]).strip() for a in answers]
-            print(side_by_side([("reference", texts[0]), ("policy", texts[1])], width) + "\n")
-            response = answers[1]
-        if args.heat:
-            rewards = token_rewards(policy, reference, ids, response, beta)
-            print(f"beta log pi/pi_ref, token by token, beta {beta:g}; sum {sum(rewards):+.3f}")
-            print(heat(tokenizer, response.tolist(), rewards, color) + "\n")
+        ids = [np.array(x) for x in tokenizer.encode_prompts(batch)]
+        for name, model in models.items() if given is None else ():
+            answers[name] = generate(model, tokenizer, [x[-room:] for x in ids], args)
+        for i, prompt in enumerate(batch):
+            if len(ids[i]) > room:
+                print(f"(the prompt loses its first {len(ids[i]) - room} tokens: block_size {block_size})")
+            print(f"prompt: {prompt if isinstance(prompt, str) else tokenizer.render(prompt).strip()}\n")
+            rows = {name: x[i][x[i] != tokenizer.eot] for name, x in answers.items()}
+            texts = [(name, tokenizer.decode(row).strip()) for name, row in rows.items()]
+            if texts:
+                print((side_by_side(texts, width) if reference else texts[0][1]) + "\n")
+            if args.heat:
+                response = answers["policy"][i] if given is None else given
+                rewards = token_rewards(policy, reference, ids[i][-room:], response, beta)
+                print(f"beta log pi/pi_ref, token by token, beta {beta:g}; sum {sum(rewards):+.3f}")
+                print(heat(tokenizer, response.tolist(), rewards, color) + "\n")
 
 
-def generate(model, tokenizer, prompt, args):
-    """One sampled answer, ids (N,), end-of-text included where the model wrote it."""
+def generate(model, tokenizer, prompts, args):
+    """A sampled answer to each prompt, ids (N,), end-of-text included where the model wrote it."""
+    tokens = torch.full((len(prompts), max(map(len, prompts))), -1)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[:len(prompt)] = torch.from_numpy(prompt)
     with sampling(model, tokenizer):
-        tokens = model.generate(torch.from_numpy(prompt[None]).to(args.device), args.max_new_tokens,
-                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                eos=tokenizer.eot,
-                                generator=torch.Generator(args.device).manual_seed(args.seed))
-    return tokens[0, len(prompt):].cpu().numpy()
+        tokens = model.generate(tokens.to(args.device), args.max_new_tokens, temperature=args.temperature,
+                                top_k=args.top_k, top_p=args.top_p, eos=tokenizer.eot,
+                                generator=torch.Generator(args.device).manual_seed(args.seed)).cpu().numpy()
+    rows = [row[len(p):len(p) + args.max_new_tokens] for row, p in zip(tokens, prompts, strict=True)]
+    return [row[:np.append(row == tokenizer.eot, True).argmax() + 1] for row in rows]
 
 
 def main(argv=None):

@@ -78,8 +78,6 @@ class Config:
 
 
 # ---- One micro-batch ----
-
-
 def precision(cfg):
     """bfloat16 is autocast over float32 weights; float32 and float64 are the weights' own."""
     bfloat16 = cfg.dtype == "bfloat16"
@@ -162,8 +160,6 @@ def step(policy, reference, batch, loss, scale, cfg):
 
 
 # ---- Many micro-batches ----
-
-
 def batches(pairs, index, cfg):
     """The micro-batches of some pairs, on the device. Under torchrun: this rank's share of them."""
     multiple = 64 if cfg.compile or cfg.device.startswith("cuda") else 1  # few shapes, and aligned ones
@@ -213,8 +209,6 @@ def evaluate(policy, reference, pairs, cfg):
 
 
 # ---- The loop ----
-
-
 def count(pairs, index, loss):
     """What the sum of the losses of a step is divided by: its pairs, or the response tokens of SFT."""
     return len(index) if "rejected_logps" in terms_of(loss) else int(pairs.rows["C"][index].sum())
@@ -263,8 +257,6 @@ def train(policy, reference, pairs, val, cfg, run):
 
 
 # ---- From flags to a trained policy ----
-
-
 def prepared(model, cfg):
     """A model in the run's precision, on its device, compiled where the run is."""
     model = model.to(cfg.device, torch.float64 if cfg.dtype == "float64" else torch.float32).eval()

@@ -34,12 +34,9 @@ PARTS = {
     "return": [r"-\log\sigma", r"-\sum_{k<N}"],
 }
 TESTS = {  # which tests of tests/test_losses.py are about a loss, by their names
-    "dpo": "_dpo_by_hand|_is_dpo|every_sequence_loss",
-    "dpop": "dpop|every_sequence_loss",
-    "tdpo1": "tdpo1|tdpo_with|every_sequence_loss",
-    "tdpo2": "tdpo2|tdpo_with|alpha_scales|every_sequence_loss",
-    "2d-dpo-vanilla": "2d_vanilla|2d_scaling|both_2d_losses",
-    "2d-dpo": "2d_group|2d_with_one|kth_best|equal_rewards|unselected|eq_6|2d_scaling|both_2d_losses",
+    "dpo": "_dpo_by_hand|_is_dpo", "dpop": "dpop", "tdpo1": "tdpo1", "tdpo2": "tdpo2",
+    "2d-dpo-vanilla": "2d_vanilla|masked_segments",
+    "2d-dpo": "2d_group|2d_with_one|kth_best|equal_rewards|small_gaps|masked_segment",
 }
 GRADIENTS = {  # dL/d log pi of the chosen and the rejected response, then dL/dz of the logits of their tokens
     "dpo": ("-g", "+g", "-g(e-s)", "+g(e-s)"),
@@ -51,20 +48,28 @@ GRADIENTS = {  # dL/d log pi of the chosen and the rejected response, then dL/dz
 }
 REMARKS = {
     "dpo": """It sees only the difference of the log-ratios, so both may fall if the rejected one falls
-faster. Tokens that the two responses share get exactly no gradient.""",
+faster. A prefix that both responses share gets exactly no gradient; shared tokens after the first
+difference do.""",
     "dpop": """Below the reference the chosen response weighs 1 + λ, and a shared prefix rises with it.
 Elsewhere it is DPO.""",
-    "tdpo1": """The KL cancels the policy’s softmax: the gradient of the logits holds q instead of s.""",
+    "tdpo1": """The KL cancels the policy’s softmax: the gradient of the logits holds q instead of s. Trained
+to the end it is not DPO’s Eq. 4 (below).""",
     "tdpo2": """The stop-gradient removes the push on the chosen KL. The rejected KL’s pull remains and draws
 a shared prefix back to the reference.""",
     "2d-dpo-vanilla": """A segment has its reward’s share of the push. With all rewards 1 it is DPO.""",
     "2d-dpo": """Each pair of segments has its own h and g. A segment not selected gets no gradient.""",
 }
+TITLES = {"dpo": "DPO", "dpop": "DPOP", "tdpo1": "TDPO1", "tdpo2": "TDPO2", "2d-dpo": "2D-DPO",
+          "2d-dpo-vanilla": "2D-DPO vanilla"}
+NEEDS = {"ref_rejected_logps": "nothing", "rejected_mask": r"a reward $r_k=W\tilde r_k$ for each segment",
+         "chosen_seq_kl": r"$K=\sum_t\mathrm{KL}(\pi_{\rm ref}\Vert\pi_\theta)$ over the whole vocabulary"}
 FIGURES = {
     "frontier": """True reward against KL from the reference, on toy reviews whose reward is known: what every
-loss reaches, and dotted Eq. 4 of the DPO paper, which no policy can exceed.""",
-    "edit_distance": """Chosen log-probability when the rejected answer differs in few digits: in the mean of
-five seeds DPO lowers even chosen tokens that nobody edited (the interval reaches zero), DPOP does not.""",
+loss reaches, and dotted Eq. 4 of the DPO paper on samples of each reference.""",
+    "optima": """What DPO and TDPO1 converge to, exact, on a world that can be enumerated: TDPO1’s optimum is
+another policy than Eq. 4 and lies below it at every KL.""",
+    "edit_distance": """Chosen log-probability when the rejected answer differs in few digits: in each of five
+seeds DPO lowers even chosen tokens that nobody edited, DPOP in none.""",
 }
 
 
@@ -93,16 +98,14 @@ def prose(markdown):
 
 
 def table():
-    """The rows of README's table by the name of the loss: its cells."""
-    rows = {}
+    """The rows of README's table by the name of the loss: (equation, paper)."""
+    rows, link = {}, ""
     functions = {f.__name__: name for name, f in losses.LOSSES.items()}
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        found = re.search(r"\[`(\w+)`\]\(losses\.py\)", line)
-        if found and len(cells) == 6 and found[1] in functions:
-            if cells[4] == "the same":                              # as the row above
-                cells[4] = list(rows.values())[-1][4]
-            rows[functions[found[1]]] = cells
+        if len(cells) == 3 and cells[0].strip("`") in functions:
+            link = link if cells[2].startswith("the same") else cells[2].partition(",")[0]
+            rows[functions[cells[0].strip("`")]] = cells[1], cells[2].replace("the same", link)
     if rows.keys() != losses.LOSSES.keys() - {"sft"}:
         raise SystemExit(f"README.md: its table of losses has {', '.join(rows) or 'no row'}; losses.py has "
                          f"{', '.join(losses.LOSSES)}")
@@ -115,6 +118,8 @@ def statements(function):
     definition = ast.parse(source).body[0]
     found = []
     for node in definition.body[1:]:
+        if isinstance(node, ast.Expr):  # alike(...): no term of the equation
+            continue
         lines = [line[4:].partition("  # ") for line in source.splitlines()[node.lineno - 1:node.end_lineno]]
         names = [x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
         statement = "\n".join(written.rstrip() for written, _, _ in lines)
@@ -141,7 +146,7 @@ def equation(latex, name, lines):
 
 def code(name, function, lines):
     """The function as a list of buttons: statement, comment, and the place of its value for the pair."""
-    knobs = ", ".join(losses.knobs_of(function))
+    knobs = ", ".join(f"{knob}={value:g}" for knob, value in losses.knobs_of(function).items())
     terms = ", ".join(losses.terms_of(function))
     rows = [f'<p class="def"><b>{function.__name__}</b>({terms}, *, {knobs})</p>']
     for i, (_, statement, comment) in enumerate(lines):
@@ -155,38 +160,41 @@ def departures(name):
     """The numbered departures of losses.py that are about this loss."""
     family = {"tdpo1": "TDPO", "tdpo2": "TDPO", "2d-dpo-vanilla": "2D-DPO"}.get(name, name.upper())
     found = re.split(r"^ \d\. ", losses.__doc__.partition("had to be chosen:")[2], flags=re.M)[1:]
-    found = [" ".join(item.split()) for item in found if re.match(rf"{family}\b", item)]
+    about = rf"({family}|{name.upper()}|All losses)\b"
+    found = [" ".join(item.split()) for item in found if re.match(about, item)]
     if name == "2d-dpo-vanilla":
         found = [item for item in found if "selection" not in item]
     return [html.escape(item, quote=False) for item in found] or ["None."]
 
 
-def section(name, cells, golden):
+def section(name, row, golden):
     """The part of the page about one loss."""
     function, lines = losses.LOSSES[name], statements(losses.LOSSES[name])
-    _, latex, rest = cells[1].split("$", 2)
+    (formula, paper), terms = row, losses.terms_of(function)
+    _, latex, rest = formula.split("$", 2)
+    needs = NEEDS["chosen_seq_kl" if "chosen_seq_kl" in terms else terms[-1]]
     tests = re.findall(r"^def (test_\w+)", (ROOT / "tests/test_losses.py").read_text(encoding="utf-8"), re.M)
     tests = [test for test in tests if re.search(TESTS[name], test)]
     title, _, source = function.__doc__.split("\n\n")[0].partition(",")
     values = ", ".join(f"{value:.9g}" for value in golden[f"float64/unhealthy/{name}/loss"])
-    part = ",k" if name.startswith("2d") else ""
+    part, fixed = ",k" if name.startswith("2d") else "", ", K held fixed" if name.startswith("tdpo") else ""
     at = (rf"\log\pi(y_{{w{part}}})", rf"\log\pi(y_{{l{part}}})", "z_w", "z_l")
     gradients = [math(rf"\frac{{\partial L}}{{\partial {x}}}={{{gradient}}}", "block")
                  for x, gradient in zip(at, GRADIENTS[name], strict=True)]
     return f"""<section class="loss loss-{name}" id="{name}" aria-labelledby="{name}-title">
-<header><h3 id="{name}-title">{cells[0]}</h3>
-<p>{html.escape(title)}<br><span>{prose(cells[3])}</span></p></header>
+<header><h3 id="{name}-title">{TITLES[name]}</h3>
+<p>{html.escape(title)}<br><span>{prose(paper)}</span></p></header>
 <div class="beside"><div>
 <div class="equation">{equation(latex, name, lines)}<p>{prose(rest.lstrip(', '))}</p></div>
 <p>{REMARKS[name]}</p>
-<dl><dt>Needs beyond log-probabilities</dt><dd>{prose(cells[4])}</dd>
-<dt>Gradient</dt><dd><ul class="gradients">{items(gradients)}</ul></dd>
+<dl><dt>Needs beyond log-probabilities</dt><dd>{prose(needs)}</dd>
+<dt>Gradient (in log π{fixed}; in the logits)</dt><dd><ul class="gradients">{items(gradients)}</ul></dd>
 <dt>Departures from the paper</dt><dd><ul>{items(departures(name))}</ul></dd></dl></div>
 <div class="code" role="group" aria-label="{function.__name__} in losses.py">
 {code(name, function, lines)}
 <p class="hint">Right: the values for the pair above. <a href="../losses.py">losses.py</a></p></div></div>
 <details><summary>Tests and golden numbers</summary><dl>
-<dt>Proved in <a href="../tests/test_losses.py">tests/test_losses.py</a></dt>
+<dt>Checked in <a href="../tests/test_losses.py">tests/test_losses.py</a></dt>
 <dd><ul>{items(f"<code>{test}</code>" for test in tests)}</ul></dd>
 <dt>Golden</dt><dd><code>float64/unhealthy/{name}/loss</code> = {values}</dd></dl></details>
 </section>"""
@@ -197,9 +205,9 @@ def page():
     rows, golden = table(), load_file(ROOT / "golden/vectors.safetensors")
     bars = "".join(f'<td class="push {x}"><i></i><span></span></td>' * 5 for x in ("chosen", "rejected"))
     results = "\n".join(
-        f'<tr id="row-{name}" class="loss-{name}"><th scope="row"><a href="#{name}">{cells[0]}</a></th>'
-        f'<td class="h"></td><td class="l"></td>{bars}</tr>' for name, cells in rows.items())
-    links = "".join(f'<a href="#{name}" class="loss-{name}">{cells[0]}</a>' for name, cells in rows.items())
+        f'<tr id="row-{name}" class="loss-{name}"><th scope="row"><a href="#{name}">{TITLES[name]}</a></th>'
+        f'<td class="h"></td><td class="l"></td>{bars}</tr>' for name in rows)
+    links = "".join(f'<a href="#{name}" class="loss-{name}">{TITLES[name]}</a>' for name in rows)
     figures = "".join(
         f'<figure><img alt="" src="data:image/png;base64,'
         f'{base64.b64encode((ROOT / f"experiments/figures/{name}.png").read_bytes()).decode()}">'
@@ -207,7 +215,7 @@ def page():
     tokens = "".join(f'<th scope="col" data-token="{i}"></th>' for i in (0, 1, 2, 3, 4, 0, 1, 5, 6, 7))
     parts = {"tokens": tokens, "results": results, "figures": figures,
              "nav": links,
-             "losses": "\n".join(section(name, cells, golden) for name, cells in rows.items()),
+             "losses": "\n".join(section(name, row, golden) for name, row in rows.items()),
              "port": (HERE / "port.js").read_text(encoding="utf-8"),
              "page": (HERE / "page.js").read_text(encoding="utf-8")}
     text = (HERE / "template.html").read_text(encoding="utf-8")

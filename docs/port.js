@@ -17,12 +17,18 @@ function tokenKl(refLogits, logits) {
   return sum(q.map((x, v) => Math.exp(x) > 0 ? Math.exp(x) * (x - s[v]) : 0));
 }
 
+// Segments from the lowest value to the highest. Sorted values with a gap of at most 1e-5 are equal and keep
+// the order of the text.
+function ascending(values, mask) {
+  const order = values.map((_, k) => k).filter(k => mask[k]).sort((a, b) => values[a] - values[b]), rank = [];
+  order.forEach((k, i) => { rank[k] = i ? rank[order[i - 1]] + (values[k] - values[order[i - 1]] > 1e-5) : 0; });
+  return order.sort((a, b) => rank[a] - rank[b] || a - b);
+}
+
 // Eq. 6 of 2D-DPO: [[i_w, i_l], ...], the k-th best chosen segment and the k-th worst rejected one.
-// Rewards are compared to 1e-5; sort is stable, so equal ones keep the order of the text.
 function selectSegments(t) {
-  const order = (rewards, mask, sign) => rewards.map((_, k) => k).filter(k => mask[k])
-    .sort((a, b) => sign * (Math.round(rewards[a] * 1e5) - Math.round(rewards[b] * 1e5)));
-  const best = order(t.chosen_rewards, t.chosen_mask, -1), worst = order(t.rejected_rewards, t.rejected_mask, 1);
+  const best = ascending(t.chosen_rewards.map(r => -r), t.chosen_mask);
+  const worst = ascending(t.rejected_rewards, t.rejected_mask);
   return best.slice(0, worst.length).map((i, k) => [i, worst[k]]);
 }
 

@@ -1,12 +1,7 @@
-"""Claim 3: DPOP's Fig. 4 and Fig. 2. The chosen answer's likelihood at low and high edit distance.
-
-    python experiments/edit_distance.py [--quick]
-"""
-
-import sys
+"""Claim 3: DPOP's Fig. 4 and Fig. 2. The chosen answer's likelihood at low and high edit distance."""
 
 import numpy as np
-from common import COLOURS, band, cell, checkpoint, figure, main, save, table, versus
+from common import COLOURS, FULL, band, cell, checkpoint, figure, save, table, verdict, versus
 
 NAME, TITLE = "edit_distance", "Claim 3. Edit distance and the chosen likelihood (DPOP, Fig. 4 and Fig. 2)"
 PARTS = {"before": "before the first edited token", "at": "edited tokens", "after": "after it, unedited",
@@ -31,48 +26,59 @@ def runs(setting):
             for name in variants(setting)]
 
 
-def summarise(setting, results):
-    curves, rows, start = {}, [], {}
-
-    def of_parts(values):
-        return [cell(values[part], 1 if part == "total" else 3) for part in PARTS]
-
+def measure(setting, results):
+    curves, start = {}, {}
     for edits in setting.edits:
-        first = [results[run_of(setting, seed, "dpo", edits)] for seed in setting.seeds]
-        reference = [checkpoint(r, 0) for r in first]
-        values = {part: [r["chosen"]["reference"][part] for r in reference] for part in PARTS}
-        values |= {"accuracy": [r["accuracy"][0] for r in reference],
-                   "differing": [r["chosen"]["differing"] for r in reference]}
-        start[str(edits)], where = values, f"{edits} ({np.mean(values['differing']):.0%})"
-        rows.append([where, "reference", *of_parts(values), cell(values["accuracy"]), "–", "–"])
-        for name, (_, _, label, _) in variants(setting).items():
+        first = [checkpoint(results[run_of(setting, seed, "dpo", edits)], 0) for seed in setting.seeds]
+        start[str(edits)] = {part: [r["chosen"]["reference"][part] for r in first] for part in PARTS} | {
+            "accuracy": [r["accuracy"][0] for r in first],
+            "differing": [r["chosen"]["differing"] for r in first]}
+        for name in variants(setting):
             last = [checkpoint(results[run_of(setting, seed, name, edits)]) for seed in setting.seeds]
             values = {part: [r["chosen"]["policy"][part] for r in last] for part in PARTS}
-            values |= {"accuracy": [r["accuracy"][0] for r in last],
-                       "pair_accuracy": [r["held_out"]["rewards/accuracies"] for r in last],
-                       "chosen_ratio": [r["held_out"]["logratio/chosen"] for r in last],
-                       "rejected_ratio": [r["held_out"]["logratio/rejected"] for r in last]}
-            curves.setdefault(name, {})[str(edits)] = values
-            rows.append([where, label, *of_parts(values), cell(values["accuracy"]),
-                         cell(values["pair_accuracy"]),
-                         versus(values["after"], start[str(edits)]["after"], 3)])
-    se = max(checkpoint(r)["accuracy"][1] for r in results.values())
-    note = (f"Held-out chosen log-probability, nats per token (whole answer: nats), after "
-            f"{setting.sums_run.steps} steps at β {setting.sums_run.beta:g}; sums worked out to the letter, "
-            f"greedily ({setting.sums.held_out} sums, standard error at most {se:.2f}); mean ± 95 % "
-            "interval over seeds. In brackets: share of tokens that differ")
-    columns = ["edited digits", "", *PARTS.values(), "sums right", "pair accuracy",
-               "after it − reference, paired"]
-    def moved(name, edits):
-        return versus(curves[name][str(edits)]["after"], start[str(edits)]["after"], 3)
+            curves.setdefault(name, {})[str(edits)] = values | {
+                "accuracy": [r["accuracy"][0] for r in last],
+                "pair_accuracy": [r["held_out"]["rewards/accuracies"] for r in last],
+                "chosen_ratio": [r["held_out"]["logratio/chosen"] for r in last],
+                "rejected_ratio": [r["held_out"]["logratio/rejected"] for r in last]}
+    return {"curves": curves, "reference": start}
 
+
+def report(setting, s):
+    rows, start = [], s["reference"]
+
+    def of_parts(values):
+        parts = (cell(values[part], 1 if part == "total" else 3) for part in PARTS)
+        return [*parts, cell(values["accuracy"])]
+
+    def moved(name, edits):
+        """−log p of the unedited chosen tokens, on a log scale: in nats one seed is most of the mean."""
+        after = s["curves"][name][str(edits)]["after"], start[str(edits)]["after"]
+        logs = [np.log(-np.array(x)).tolist() for x in after]
+        ratios = np.exp(np.subtract(*logs))
+        return {f"{variants(setting)[name][2]}, −log p per token over the reference's, median "
+                f"{np.median(ratios):.2f} (seeds {', '.join(f'{x:.2f}' for x in sorted(ratios))}); "
+                "difference of logarithms": logs}
+
+    for edits, reference in start.items():
+        where = f"{edits} ({np.mean(reference['differing']):.0%})"
+        rows.append([where, "reference", *of_parts(reference), "–", "–", "–"])
+        for name, of in s["curves"].items():
+            values, ratio = of[edits], of[edits]["chosen_ratio"]
+            rows.append([where, variants(setting)[name][2], *of_parts(values), cell(values["pair_accuracy"]),
+                         versus(values["after"], reference["after"], 3),
+                         f"{np.median(ratio):+.2f}; {sum(x < 0 for x in ratio)} of {len(ratio)}"])
     low, high, dpop = setting.edits[0], setting.edits[-1], f"dpop-{setting.lams[-1]:g}"
-    verdicts = [[f"DPO lowers the unedited chosen tokens at low edit distance ({low} digit), DPOP not",
-                 f"nats per token, less the reference: DPO {moved('dpo', low)}; DPOP {moved(dpop, low)}"],
-                [f"At high distance ({high}) DPO does not", f"DPO {moved('dpo', high)}"]]
-    return {"verdicts": verdicts, "curves": curves, "reference": start,
-            "tables": [table(note, columns, rows)],
-            "variants": {name: v[2:] for name, v in variants(setting).items()}}
+    return {"verdicts": [
+        verdict(f"DPO lowers the unedited chosen tokens at low edit distance ({low} digit), DPOP not",
+                moved("dpo", low) | moved(dpop, low), 2),
+        verdict(f"At high distance ({high}) DPO does not", moved("dpo", high), 2)], "tables": [
+        table("Held-out chosen log-probability, nats per token (whole answer: nats), after "
+              f"{setting.sums_run.steps} steps at β {setting.sums_run.beta:g}; sums worked out to the "
+              f"letter, greedily ({setting.sums.held_out} sums); mean ± 95 % interval over seeds. In "
+              "brackets: share of tokens that differ",
+              ["edited digits", "", *PARTS.values(), "sums right", "pair accuracy",
+               "after it − reference, paired", "log-ratio of chosen: median, nats; seeds below 0"], rows)]}
 
 
 def draw(s, path):
@@ -87,15 +93,11 @@ def draw(s, path):
         if key in s["reference"][edits[0]]:
             band(axis, x, np.array([s["reference"][e][key] for e in edits]).T, "reference", "black",
                  linestyle="--")
-        for name, (label, colour) in s["variants"].items():
-            band(axis, x, np.array([s["curves"][name][e][key] for e in edits]).T, label, colour, marker="o")
+        for name, of in s["curves"].items():
+            band(axis, x, np.array([of[e][key] for e in edits]).T, *variants(FULL)[name][2:], marker="o")
         axis.set(title=title, ylabel=unit, xticks=x, xticklabels=ticks,
                  xlabel="edited digits in the rejected answer\n(share of its tokens)")
         if key != "after":
             axis.set(ylim=(0, 1.03))
     axes[0, 1].legend(fontsize=8, loc="lower right")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

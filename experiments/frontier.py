@@ -1,13 +1,7 @@
-"""Claim 1: the reward-KL frontier (DPO, Fig. 2 left): all losses, three baselines, and Eq. 4 itself.
-
-    python experiments/frontier.py [--quick]
-"""
-
-import sys
+"""Claim 1: the reward-KL frontier (DPO, Fig. 2 left): all losses, two baselines, and Eq. 4 itself."""
 
 import numpy as np
-from common import COLOURS, LABELS, band, bars, cell, figure, main, save, table, versus
-from replay import reviews
+from common import COLOURS, LABELS, band, bars, cell, figure, save, table, verdict, versus
 
 NAME, TITLE = "frontier", "Claim 1. Reward against KL (DPO, Fig. 2 left)"
 BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0)  # nats
@@ -49,45 +43,6 @@ def reweighted(rewards, least_ess):
     return points
 
 
-def exact_ceiling():
-    """Eq. 4 for the true base distribution, by summation: sentences are independent given their number."""
-    def points_of(levels):  # of a verdict or an evidence phrase: each level is equally likely
-        return np.full(len(levels), 1 / len(levels))
-    helpfulness = np.convolve(points_of(reviews.VERDICTS), points_of(reviews.EVIDENCE))
-    own = reviews.OWN
-    relevance = np.zeros(5)
-    for adjective in (0, 1):
-        for noun in (0, 1):
-            relevance[adjective + 3 * noun] += (own if adjective else 1 - own) * (own if noun else 1 - own)
-    pmf = np.convolve(helpfulness, relevance)  # of a sentence's helpfulness + relevance, 0 to 8
-    score, points = np.arange(9) * reviews.GAIN * reviews.WEIGHTS[0], []
-    for beta in np.geomspace(100, 0.05, 200):
-        log_z, mean = [], []
-        for n in (2, 3, 4):
-            x = np.log(pmf) + score / (n * beta)
-            log_sum = np.logaddexp.reduce(x)
-            log_z.append(n * log_sum)
-            mean.append((np.exp(x - log_sum) * score).sum())
-        total = np.logaddexp.reduce(np.array(log_z) - np.log(3))
-        share = np.exp(np.array(log_z) - np.log(3) - total)
-        reward = float((share * mean).sum())
-        points.append({"beta": float(beta), "kl": reward / beta - float(total), "reward": reward})
-    return points
-
-
-def best_of_n(rewards, kl):
-    """The mean reward of the best of n samples where log n - (n - 1)/n, which bounds its KL, is `kl`.
-
-    n need not be whole: E max = sum of r_(i) ((i/N)^n - ((i-1)/N)^n) over the N sorted rewards.
-    """
-    low, high = 1.0, 1e9
-    for _ in range(200):
-        n = (low * high) ** 0.5
-        low, high = (n, high) if np.log(n) - (n - 1) / n < kl else (low, n)
-    share = np.linspace(0, 1, len(rewards) + 1) ** n
-    return float((np.sort(rewards) * np.diff(share)).sum())
-
-
 def best_within(points, kl):
     """The reward of the best candidate within a budget of KL, without the bias of a maximum: chosen on one
     half of each candidate's samples, its reward read off the other half; the mean of both ways round.
@@ -106,77 +61,84 @@ def on_curve(curve, kl, beyond=None):
     return float(np.interp(kl, [p["kl"] for p in curve], [p["reward"] for p in curve]))
 
 
-def summarise(setting, results):
-    points, curves, rewards = {}, [], []
+def above(point, samples, curve):
+    """Does a point lie above its seed's own re-weighted curve by three standard errors, both errors counted?
+    None where the curve does not reach."""
+    ceiling = on_curve(curve, point["kl"][0])
+    if ceiling is None:
+        return None
+    ess = np.interp(point["kl"][0], [p["kl"] for p in curve], [p["ess"] for p in curve])
+    noise = np.hypot(point["reward"][1], point["reward"][1] * np.sqrt(samples / ess))
+    return bool(point["reward"][0] > ceiling + 3 * noise)
+
+
+def measure(setting, results):
+    points, curves = {}, []
     for seed in setting.seeds:
-        rewards.append(results[reference_of(setting, seed)]["rewards"])
-        curves.append(reweighted(rewards[-1], setting.least_ess))
+        curves.append(reweighted(results[reference_of(setting, seed)]["rewards"], setting.least_ess))
         for loss, loss_runs in frontier_runs(setting, seed).items():
             points.setdefault(loss, []).append([
                 {"knob": run.lr if loss == "sft" else run.beta, "step": c["step"]}
                 | {k: c["samples"][k] for k in ("reward", "kl", "halves", "valid")}
                 for run in loss_runs for c in results[run]["checkpoints"]])
-    exact = exact_ceiling()
-    best = {loss: {f"{kl:g}": [best_within(p, kl) for p in seeds] for kl in BUDGETS}
-            for loss, seeds in points.items()}
-    best["best-of-n"] = {f"{kl:g}": [best_of_n(r, kl) for r in rewards] for kl in BUDGETS}
+    return {"points": points, "reweighted": curves}
+
+
+def within(s):
+    """{loss: {budget: best reward, a seed each}}."""
+    return {loss: {f"{kl:g}": [best_within(p, kl) for p in seeds] for kl in BUDGETS}
+            for loss, seeds in s["points"].items()}
+
+
+def report(setting, s):
+    points, curves, best = s["points"], s["reweighted"], within(s)
     rows = [[LABELS[loss], *(cell(values) for values in of.values())] for loss, of in best.items()]
     rows.append([f"Eq. 4, re-weighted samples (ESS ≥ {setting.least_ess})",
                  *(cell([on_curve(c, kl) for c in curves]) for kl in BUDGETS)])
-    rows.append(["Eq. 4, exact, for the base distribution",
-                 *(f"{on_curve(exact, kl):.2f}" for kl in BUDGETS)])
-    against = [[LABELS[loss], *(versus(best[loss][b], best["dpo"][b]) for b in best["dpo"])]
-               for loss in best if loss != "dpo"]
-    everything = [p for seeds in points.values() for ps in seeds for p in ps]
-    start = [ps[0]["reward"][0] for ps in points["dpo"]]  # of each seed's reference
-    above = sum(p["reward"][0] > on_curve(exact, p["kl"][0], 16.0) + 3 * p["reward"][1] for p in everything)
-    most = [max(p["kl"][0] for p in ps) for ps in points["dpop"]]
-    se = np.mean([p["reward"][1] for p in everything if p["kl"][0] <= 8])
-    columns = ["", *(f"KL ≤ {kl:g}" for kl in BUDGETS)]
-    count = len(points["dpo"][0])
-    b = "0.5"
+    checks = [above(p, setting.run.samples, curve) for seeds in points.values()
+              for ps, curve in zip(seeds, curves, strict=True) for p in ps]
+    checks = [x for x in checks if x is not None]
+    se = np.mean([p["reward"][1] for seeds in points.values() for ps in seeds for p in ps if p["kl"][0] <= 8])
 
     def less(one, other):
-        return f"{LABELS[one]} − {LABELS[other]}, within {b} nats: {versus(best[one][b], best[other][b])}"
+        """At all budgets: which one is read afterwards is then no choice."""
+        return {f"{LABELS[one]} − {LABELS[other]}, KL ≤ {b}": (best[one][b], best[other][b])
+                for b in best[one]}
 
-    verdicts = [["Preference losses lie above SFT on chosen", less("dpo", "sft")],
-                ["TDPO lies above DPO", f"{less('tdpo1', 'dpo')}; {less('tdpo2', 'dpo')}"],
-                ["(ours) 2D-DPO and reward-weighted SFT, which read the true scores, lie above DPO",
-                 f"{less('2d-dpo', 'dpo')}; {less('weighted-sft', 'dpo')}"],
-                ["Nobody can lie above Eq. 4",
-                 f"{above} of {len(everything)} points do, by three standard errors"]]
-    return {"verdicts": verdicts, "points": points, "best": best, "reweighted": curves, "exact": exact,
-            "start": start, "above_exact": above, "tables": [
+    columns = ["", *(f"KL ≤ {kl:g}" for kl in BUDGETS)]
+    return {"verdicts": [
+        verdict("Preference losses lie above SFT on chosen", less("dpo", "sft"), 2),
+        verdict("(ours) DPOP, λ 50, lies below SFT", less("dpop", "sft"), 2),
+        verdict("TDPO lies above DPO", less("tdpo1", "dpo") | less("tdpo2", "dpo"), 2),
+        verdict("(ours) 2D-DPO and reward-weighted SFT, which read the true scores, lie above DPO",
+                less("2d-dpo", "dpo") | less("weighted-sft", "dpo"), 2)], "tables": [
         table("True reward (0 to 16) within a budget of KL(π‖π_ref), nats a response, mean ± 95 % interval "
-              f"over seeds; {count} candidates a loss (knobs and checkpoints), chosen on one half of the "
-              f"samples and read off the other. Reference: {cell(start)}. Standard error of a point, "
-              f"{setting.run.samples} samples: {se:.2f}. Points above the exact ceiling by three standard "
-              f"errors: {above} of {len(everything)}. The furthest that DPOP goes: KL {cell(most, 3)}",
-              columns, rows),
-        table("The same less DPO's, paired by seed, ± 95 % interval", columns, against)]}
+              f"over seeds; {len(points['dpo'][0])} candidates a loss (knobs and checkpoints), chosen on one "
+              "half of the samples and read off the other. Reference: "
+              f"{cell([ps[0]['reward'][0] for ps in points['dpo']])}. Standard error of a point, "
+              f"{setting.run.samples} samples: {se:.2f}. The furthest that DPOP goes: KL "
+              f"{cell([max(p['kl'][0] for p in ps) for ps in points['dpop']], 3)}. A check of the "
+              "measurement, no finding: points above their own reference's re-weighted curve by three "
+              f"standard errors: {sum(checks)} of {len(checks)}", columns, rows),
+        table("The same less DPO's, paired by seed, ± 95 % interval", columns,
+              [[LABELS[loss], *(versus(of[b], best["dpo"][b]) for b in of)] for loss, of in best.items()
+               if loss != "dpo"])]}
 
 
 def draw(s, path):
     fig, axes = figure(1, 2, width=5.4, height=4.2)
-    left, right = axes[0]
+    (left, right), best = axes[0], within(s)
     grid = np.geomspace(0.01, BUDGETS[-1], 60)
     for loss, seeds in s["points"].items():
         band(left, grid, [[best_within(ps, kl) for kl in grid] for ps in seeds], LABELS[loss], COLOURS[loss])
-    kls = [float(kl) for kl in s["best"]["best-of-n"]]
-    band(left, kls, np.array(list(s["best"]["best-of-n"].values())).T, LABELS["best-of-n"],
-         COLOURS["best-of-n"], linestyle="--")
-    left.plot([p["kl"] for p in s["exact"]], [p["reward"] for p in s["exact"]], color="black", linestyle=":",
-              label="Eq. 4, exact: nobody can do better")
-    left.set(xlim=(0, BUDGETS[-1]), ylim=(np.mean(s["start"]) - 0.3, 13.5), ylabel="true reward (of 16)",
+    ceiling = [[on_curve(curve, kl, np.nan) for kl in grid] for curve in s["reweighted"]]
+    band(left, grid, ceiling, "Eq. 4 of each reference", "black", linestyle=":")
+    left.set(xlim=(0, BUDGETS[-1]), ylim=(8, 13.5), ylabel="true reward (of 16)",
              xlabel="budget of KL(policy ‖ reference), nats", title="reward within a KL budget (95 % bands)")
     fig.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
     b = "0.5"
-    base = s["best"]["dpo"][b]
+    base = best["dpo"][b]
     bars(right, {LABELS[loss]: ([x - y for x, y in zip(of[b], base, strict=True)], COLOURS[loss])
-                 for loss, of in s["best"].items() if loss != "dpo"})
+                 for loss, of in best.items() if loss != "dpo"})
     right.set(xlabel="true reward less DPO's", title=f"within {b} nats, paired by seed")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

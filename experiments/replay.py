@@ -38,10 +38,9 @@ SOURCES = ("losses.py", "model.py", "data.py", "train.py", "plumbing/reference.p
            "toy/sums.py", "experiments/replay.py")
 MAX_NEW = {"reviews": 48, "sums": 52}  # tokens; the longest answer of the data has 33 and 47
 AT_ONCE = 64  # pairs in a forward pass
+CREDITED = ("dpo", "2d-dpo", "2d-dpo-vanilla", "unselected")  # losses whose credit to sentences is measured
 CFG = train.Config(device="cpu", dtype="float32", micro_batch_size=AT_ONCE, micro_batch_tokens=10**9,
                    head_tokens=4096)
-ALL = tuple(reviews.NOUNS)
-SEEN, UNSEEN = ALL[::2], ALL[1::2]  # what World.half_of_nouns trains on, and the others
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class World:
     preferred: int = 2000  # the first of them, seen by the preference runs
     held_out: int = 200
     edits: int | str = 1  # sums: digits changed in the rejected answer, or "all"
-    half_of_nouns: bool = False  # reviews: preferences about the things in SEEN only; SFT sees all
     n_layer: int = 2
     n_embd: int = 64
     sft_steps: int = 300
@@ -68,8 +66,9 @@ class Run:
     lam: float | None = None
     alpha: float | None = None
     aspect_weights: tuple = ()
-    rejected_weight: str | None = None
+    rejected_weight: str = "score"
     one_segment: bool = False  # the whole response is one segment, with its sentences' mean scores
+    optimizer: str = "AdamW"  # train.py's, or plain "SGD"
     lr: float = 1e-4
     batch_size: int = 32
     steps: int = 80
@@ -77,7 +76,6 @@ class Run:
     samples: int = 512
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Data and reference
 
 
@@ -114,8 +112,6 @@ def encoded(world, one_segment=False):
     """(tokenizer, training pairs, held-out pairs, true margin of each training pair)."""
     tokenizer = data.Tokenizer(str(TOKENIZER))
     seen, held_out = raw_pairs(world)
-    if world.half_of_nouns:
-        seen = [pair for pair in seen if reviews.PROMPT.fullmatch(pair["prompt"])[2] in SEEN]
     parts = seen[:world.preferred], held_out
     margins = np.array([reviews.margin(pair) for pair in parts[0]]) if world.name == "reviews" else None
     loaded = []
@@ -147,7 +143,7 @@ def reference_folder(world, store):
     Reviews: SFT on both responses, so that the pairs are samples of the reference, as DPO assumes.
     Sums: SFT on the right answers.
     """
-    world = replace(world, edits=1, half_of_nouns=False)
+    world = replace(world, edits=1)
     folder = Path(store, f"sft-{world.name}-{key_of(world)}")
     if folder.exists():
         return folder
@@ -179,7 +175,6 @@ def quiet():
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------
 # What is measured
 
 
@@ -219,23 +214,23 @@ def mean_se(values):
     return [float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))]
 
 
-def review_prompts(n, seed, tokenizer, nouns=ALL):
+def review_prompts(n, seed, tokenizer):
     rng = random.Random(seed)
-    texts = [f"Review the {reviews.pick(rng, reviews.ADJECTIVES)} {reviews.pick(rng, nouns)}:"
+    texts = [f"Review the {reviews.pick(rng, reviews.ADJECTIVES)} {reviews.pick(rng, reviews.NOUNS)}:"
              for _ in range(n)]
     return texts, torch.tensor([tokenizer.encode(text) for text in texts])  # (n, 5)
 
 
 @torch.no_grad()
-def sample_reviews(policy, reference, tokenizer, n, seed, nouns=ALL):
-    """n samples of the policy: true reward, KL(policy || reference), entropy, diversity.
+def sample_reviews(policy, reference, tokenizer, n, seed):
+    """n samples of the policy: true reward, KL(policy || reference), share of sentences in the grammar.
 
     The KL of a response is sum_t KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t)), the full vocabulary at each
     position of a sampled response: Rao-Blackwellised, unbiased. [mean, standard error] over the samples.
     """
-    texts, prompts = review_prompts(n, seed, tokenizer, nouns)
+    texts, prompts = review_prompts(n, seed, tokenizer)
     P = prompts.shape[1]
-    rewards, points, kls, entropies, valid, cut, words, replies = [], [], [], [], [], [], [], []
+    rewards, points, kls, valid = [], [], [], []
     generator = torch.Generator().manual_seed(seed)
     for at in range(0, n, 512):
         tokens = policy.generate(prompts[at:at + 512], MAX_NEW["reviews"], eos=tokenizer.eot,
@@ -247,8 +242,6 @@ def sample_reviews(policy, reference, tokenizer, n, seed, nouns=ALL):
         log_q = reference.logits(reference(tokens[:, :-1])[:, P - 1:]).log_softmax(-1)
         p = log_p.exp()
         kls += ((p * (log_p - log_q)).sum(-1) * scored).sum(-1).tolist()
-        entropies += ((-(p * log_p).sum(-1) * scored).sum(-1) / scored.sum(-1)).tolist()
-        cut += (ended[:, -1] == 0).tolist()
         for text, ids in zip(texts[at:at + 512], response.tolist(), strict=True):
             ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
             reply = tokenizer.decode(ids)
@@ -256,16 +249,11 @@ def sample_reviews(policy, reference, tokenizer, n, seed, nouns=ALL):
             rewards.append(reviews.reward(text + reply))
             points.append(np.mean([s for _, s in scored_sentences] or [[0, 0]], axis=0))
             valid += [bool(reviews.SENTENCE.fullmatch(sentence)) for sentence, _ in scored_sentences]
-            words.append(ids)
-            replies.append(reply)
-    grams = [tuple(ids[i:i + 3]) for ids in words for i in range(len(ids) - 2)][:6000]
     points = np.array(points)
     halves = [[float(np.mean(x[half::2])) for x in (rewards, kls)] for half in (0, 1)]
-    return {"reward": mean_se(rewards), "kl": mean_se(kls), "halves": halves, "entropy": mean_se(entropies),
+    return {"reward": mean_se(rewards), "kl": mean_se(kls), "halves": halves,
             "helpfulness": mean_se(points[:, 0]), "relevance": mean_se(points[:, 1]),
-            "distinct_3": len(set(grams)) / max(1, len(grams)), "n_grams": len(grams),
-            "valid": sum(valid) / max(1, len(valid)), "cut": sum(cut) / n,
-            "tokens": sum(map(len, words)) / n, "sample": texts[0] + replies[0]}
+            "valid": sum(valid) / max(1, len(valid))}
 
 
 def reference_rewards(world, n, store):
@@ -347,7 +335,6 @@ def sums_accuracy(policy, tokenizer, held_out):
     return mean_se(right)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # A run
 
 
@@ -380,14 +367,14 @@ def replay(run, store):
     tokenizer, pairs, val, margins = encoded(world, run.one_segment)
     sentences = encoded(world)[2]  # of held-out pairs, whatever segments the run itself sees
     name, loss = OTHERS.get(run.loss) or (run.loss, losses.LOSSES[run.loss])
-    cfg = replace(CFG, loss=name, beta=run.beta, lam=run.lam, alpha=run.alpha, lr=run.lr, seed=seed,
-                  aspect_weights=run.aspect_weights, rejected_weight=run.rejected_weight)
+    cfg = replace(CFG, loss=name, settings={knob: getattr(run, knob) for knob in losses.knobs_of(loss)},
+                  lr=run.lr, aspect_weights=run.aspect_weights, rejected_weight=run.rejected_weight)
     maximum = pairs.score_maximum() if pairs.n_aspects else None
     pairs, val = (train.as_read(part, cfg, maximum) for part in (pairs, val))
     policy, model = (GPT.from_pretrained(str(reference_folder(world, store))) for _ in range(2))
     reference = no_reference if name == "sft" else reference_of(model.requires_grad_(False), run, pairs, cfg)
-    optimizer = train.make_optimizer(policy, cfg)
-    prompts = {"samples": SEEN, "unseen": UNSEEN} if world.half_of_nouns else {"samples": ALL}
+    optimizer = (torch.optim.SGD(policy.parameters(), lr=run.lr) if run.optimizer == "SGD"
+                 else train.make_optimizer(policy, cfg))
     checkpoints, weights = [], []
     for step in range(run.steps + 1):
         if step in run.checkpoints:
@@ -396,11 +383,9 @@ def replay(run, store):
                 record |= {"accuracy": sums_accuracy(policy, tokenizer, val),
                            "chosen": parts_of_chosen(policy, model, val)}
             elif run.samples:
-                for kind, nouns in prompts.items():
-                    record[kind] = (
-                        sample_reviews(policy, model, tokenizer, run.samples, 9000 + seed, nouns) if step
-                        else first_samples(world, run.samples, store, nouns))  # every run starts there
-                record["credit"] = credit(policy, model, sentences, tokenizer.eot)
+                record["samples"] = sample_reviews(policy, model, tokenizer, run.samples, 9000 + seed)
+                if run.loss in CREDITED:
+                    record["credit"] = credit(policy, model, sentences, tokenizer.eot)
             checkpoints.append(record)
         if step == run.steps:
             break
@@ -416,11 +401,3 @@ def replay(run, store):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {"checkpoints": checkpoints, "weights": weights}
-
-
-@functools.lru_cache(maxsize=8)
-def first_samples(world, n, store, nouns):
-    """What sample_reviews says of the reference."""
-    reference = GPT.from_pretrained(str(reference_folder(world, store)))
-    tokenizer = data.Tokenizer(str(TOKENIZER))
-    return sample_reviews(reference, reference, tokenizer, n, 9000 + world.seed, nouns)

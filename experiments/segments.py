@@ -1,14 +1,8 @@
-"""Claim 5: 2D-DPO. Credit and reward at equal KL, Eq. 6's selection, and the push on the worst sentences.
+"""Claim 5: 2D-DPO. Credit and reward at equal KL, and Eq. 6's selection."""
 
-    python experiments/segments.py [--quick]
-"""
-
-import sys
-
+import common
 import numpy as np
-import torch
-from common import COLOURS, band, bars, cell, checkpoint, figure, main, reaches, save, series, table, versus
-from replay import data, encoded, losses
+from common import COLOURS, band, bars, cell, figure, reaches, save, series, table, verdict, versus
 
 NAME, TITLE = "segments", "Claim 5. Segments and aspects (2D-DPO)"
 BETA = 0.1
@@ -34,32 +28,6 @@ def runs(setting):
     return [run_of(setting, seed, name) for seed in setting.seeds for name in VARIANTS]
 
 
-def asked(world):
-    """The push that each loss asks of a rejected sentence by its score, h + r of 8, at policy = reference.
-
-    dL/d(log-ratio of the sentence), in units of beta / 2: autograd through the losses, held-out pairs.
-    """
-    pairs = encoded(world)[2]
-    batch = data.collate([pairs[i] for i in range(len(pairs))])
-    masks = batch.segment_mask.unbind(1)
-    rewards = losses.segment_rewards(batch.scores / 4, torch.tensor([0.5, 0.5])).unbind(1)  # (B, S)
-    level = (batch.scores[:, 1].sum(-1))[masks[1]].long().numpy()
-    pushes = {}
-    for name in SHOWN:
-        ratios = [torch.zeros_like(r).requires_grad_() for r in rewards]
-        zeros = [torch.zeros_like(r) for r in rewards]
-        if name == "dpo":
-            total = losses.dpo_loss(*(x.sum(-1) for x in ratios + zeros), beta=1.0)
-        else:
-            rejected = 1 - rewards[1] if name == "badness" else rewards[1]
-            loss = losses.dpo2d_loss if name == "grouped" else losses.dpo2d_vanilla_loss
-            total = loss(*ratios, *zeros, rewards[0], rejected, *masks, beta=1.0)
-        total.sum().backward()
-        push = 2 * ratios[1].grad[masks[1]].numpy()
-        pushes[name] = [float(push[level == k].mean()) if (level == k).any() else None for k in range(9)]
-    return pushes
-
-
 def pooled(credit, low, high):
     """Mean log-ratio of the held-out sentences with low <= h + r <= high, on either side."""
     score = np.add.outer(np.arange(5), np.arange(5))
@@ -74,59 +42,56 @@ PICKS = {"kl": lambda c: c["samples"]["kl"][0], "reward": lambda c: c["samples"]
          "relevance": lambda c: c["samples"]["relevance"][0]}
 
 
-def summarise(setting, results):
-    pushes = [asked(setting.review_run(seed).world) for seed in setting.seeds]
-    traces, last, n = {}, [], range(len(setting.seeds))
-    for name, (_, _, label, _) in VARIANTS.items():
+def measure(setting, results):
+    traces = {}
+    for name in VARIANTS:
         seeds = [results[run_of(setting, seed, name)] for seed in setting.seeds]
         traces[name] = {"steps": series(seeds, PICKS["kl"])[0]}
         traces[name] |= {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
-        valid = [checkpoint(r)["samples"]["valid"] for r in seeds]
-        last.append([label, *(cell([row[-1] for row in traces[name][key]]) for key in PICKS), cell(valid)])
-    equal = {key: {name: {f"{level:g}": [reaches(t["kl"][i], t[key][i], level) for i in n]
-                          for level in setting.levels} for name, t in traces.items()} for key in PICKS}
-    rows = []
-    for one, other in (("grouped", "dpo"), ("vanilla", "dpo"), ("badness", "dpo"), ("vanilla", "aspects"),
-                       ("grouped", "vanilla"), ("grouped", "unselected")):
-        for key, what in (("reward", "true reward"), ("credit", "good − bad, nats")):
-            of = equal[key]
-            rows.append([f"{VARIANTS[one][2]} − {VARIANTS[other][2]}", what,
-                         *(versus(of[one][level], of[other][level]) for level in of[one])])
-    for key in ("helpfulness", "relevance"):
-        of = equal[key]
-        rows.append(["Eq. 6, W on helpfulness − W on relevance", f"{key} of samples",
-                     *(versus(of["helpfulness"][level], of["relevance"][level]) for level in of["dpo"])])
-    asked_rows = [[VARIANTS[name][2], *(cell([p[name][k] for p in pushes]) for k in (0, 2, 4, 6, 8))]
-                  for name in SHOWN]
-    level = f"{setting.levels[(len(setting.levels) - 1) // 2]:g}"
+    return {"traces": traces}
+
+
+def at_kl(s, name, key, level):
+    """A quantity where each seed's run first reaches a KL."""
+    t = s["traces"][name]
+    return [reaches(kl, y, level) for kl, y in zip(t["kl"], t[key], strict=True)]
+
+
+def report(setting, s):
+    rows, levels = [], setting.levels
+    middle = levels[(len(levels) - 1) // 2]
+    what = {"reward": "true reward", "credit": "good − bad, nats"}
 
     def less(key, one, other):
-        return f"{versus(equal[key][one][level], equal[key][other][level])} (KL {level})"
+        label = f"{what[key]}, {VARIANTS[one][2]} − {VARIANTS[other][2]}, KL {middle:g}"
+        return {label: (at_kl(s, one, key, middle), at_kl(s, other, key, middle))}
 
-    verdicts = [["Segment scores sharpen the credit",
-                 f"good − bad, Eq. 6 − DPO: {less('credit', 'grouped', 'dpo')}"],
-                ["Segments beat aspects alone",
-                 f"reward, vanilla − aspects: {less('reward', 'vanilla', 'aspects')}"],
-                ["Grouping beats vanilla",
-                 f"reward, Eq. 6 − vanilla: {less('reward', 'grouped', 'vanilla')}"],
-                ["Eq. 6's selection matters",
-                 f"with − without: reward {less('reward', 'grouped', 'unselected')}; "
-                 f"good − bad {less('credit', 'grouped', 'unselected')}"]]
-    return {"verdicts": verdicts, "traces": traces, "equal": equal, "asked": pushes, "tables": [
+    compared = [(one, other, key, what[key]) for one, other in (
+        ("grouped", "dpo"), ("vanilla", "dpo"), ("badness", "dpo"), ("vanilla", "aspects"),
+        ("grouped", "vanilla"), ("grouped", "unselected")) for key in what]
+    compared += [("helpfulness", "relevance", key, f"{key} of samples") for key in VARIANTS if key in PICKS]
+    for one, other, key, name in compared:
+        rows.append([f"{VARIANTS[one][2]} − {VARIANTS[other][2]}", name, *(
+            versus(at_kl(s, one, key, level), at_kl(s, other, key, level)) for level in levels)])
+    last = [[VARIANTS[name][2], *(cell([row[-1] for row in t[key]]) for key in PICKS)]
+            for name, t in s["traces"].items()]
+    return {"verdicts": [
+        verdict("Segment scores sharpen the credit", less("credit", "grouped", "dpo"), 2),
+        verdict("Segments beat aspects alone", less("reward", "vanilla", "aspects"), 2),
+        verdict("Grouping beats vanilla", less("reward", "grouped", "vanilla"), 2),
+        verdict("Eq. 6's selection matters", less("reward", "grouped", "unselected")
+                | less("credit", "grouped", "unselected"), 2)], "tables": [
         table(f"At equal KL(π‖π_ref) of samples, β {BETA:g}: paired differences by seed, ± 95 % interval; "
               "between neighbours of 12 checkpoints. good − bad: the mean log-ratio of good held-out "
               "sentences (scores sum to 6–8 of 8) less that of bad ones (0–2)",
-              ["", "quantity", *(f"KL {level:g}" for level in setting.levels)], rows),
+              ["", "quantity", *(f"KL {level:g}" for level in levels)], rows),
         table(f"Step {setting.run.steps}: samples and credit, mean ± 95 % interval over seeds. W is uniform "
               "but in the last two",
-              ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance",
-                               "in the grammar"], last),
-        table("The push down that the loss asks of a rejected sentence at π = π_ref, by its score, in units "
-              "of β/2 (DPO: 1)", ["", *(f"score {k}/8" for k in (0, 2, 4, 6, 8))], asked_rows)]}
+              ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance"], last)]}
 
 
 def draw(s, path):
-    fig, axes = figure(1, 3, width=4.4, height=3.6)
+    fig, axes = figure(1, 2, width=4.8, height=3.6)
     grid = np.linspace(0.02, 1.0, 40)
     for name in (*SHOWN, "unselected"):
         t, (_, _, label, colour) = s["traces"][name], VARIANTS[name]
@@ -136,22 +101,9 @@ def draw(s, path):
     axes[0, 0].set(title="credit at equal KL", xlabel="KL(policy ‖ reference), nats",
                    ylabel="log-ratio, good − bad sentences, nats")
     axes[0, 0].legend(fontsize=8, loc="lower right")
-    level = list(s["equal"]["reward"]["dpo"])[len(s["equal"]["reward"]["dpo"]) // 2]
-    of, rows = s["equal"]["reward"], {}
-    for name in VARIANTS:
-        if name != "dpo":
-            pairs = zip(of[name][level], of["dpo"][level], strict=True)
-            rows[VARIANTS[name][2]] = ([a - b for a, b in pairs if a is not None and b is not None],
-                                       VARIANTS[name][3])
+    base = at_kl(s, "dpo", "reward", 0.5)
+    rows = {label: (common.differences_of(at_kl(s, name, "reward", 0.5), base), colour)
+            for name, (_, _, label, colour) in VARIANTS.items() if name != "dpo"}
     bars(axes[0, 1], rows)
-    axes[0, 1].set(title=f"reward at KL {level}, less DPO's", xlabel="paired by seed (95 %)")
-    for name in SHOWN:
-        band(axes[0, 2], range(9), [p[name] for p in s["asked"]], VARIANTS[name][2], VARIANTS[name][3],
-             marker="o")
-    axes[0, 2].set(title="push down asked at π = π_ref", ylabel="units of β/2", xticks=(0, 2, 4, 6, 8),
-                   xlabel="score of the rejected sentence (0 worst, 8 best)")
+    axes[0, 1].set(title="reward at KL 0.5, less DPO's", xlabel="paired by seed (95 %)")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

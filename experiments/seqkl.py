@@ -1,15 +1,11 @@
-"""Claim 4: TDPO's Fig. 3. Sequential KL of chosen and rejected, and reward and diversity at equal KL.
+"""Claim 4: TDPO's Fig. 3. Sequential KL of chosen and rejected, and reward at equal KL."""
 
-    python experiments/seqkl.py [--quick]
-"""
-
-import sys
-
+import common
 import matplotlib
 import numpy as np
-from common import COLOURS, band, bars, cell, checkpoint, figure, main, reaches, save, series, table, versus
+from common import COLOURS, FULL, band, bars, cell, figure, reaches, save, series, table, versus
 
-NAME, TITLE = "seqkl", "Claim 4. Sequential KL and diversity (TDPO, Fig. 3)"
+NAME, TITLE = "seqkl", "Claim 4. Sequential KL (TDPO, Fig. 3)"
 BETA = 1.0  # at which the runs stay near the reference
 
 
@@ -35,47 +31,52 @@ def runs(setting):
 PICKS = {"chosen_kl": lambda c: c["held_out"]["kl/ref_policy_chosen"],
          "rejected_kl": lambda c: c["held_out"]["kl/ref_policy_rejected"],
          "reward": lambda c: c["samples"]["reward"][0], "kl": lambda c: c["samples"]["kl"][0],
-         "entropy": lambda c: c["samples"]["entropy"][0], "distinct_3": lambda c: c["samples"]["distinct_3"],
          "accuracy": lambda c: c["held_out"]["rewards/accuracies"]}
 
 
-def summarise(setting, results):
-    traces, n = {}, len(setting.seeds)
+def measure(setting, results):
+    traces = {}
     for name in variants(setting):
         seeds = [results[run_of(setting, seed, name)] for seed in setting.seeds]
-        steps = series(seeds, PICKS["kl"])[0]
-        traces[name] = {"steps": steps} | {k: series(seeds, pick)[1].tolist() for k, pick in PICKS.items()}
-    # a reward that every variant reaches, seed by seed: half-way to the lowest of their peaks
+        traces[name] = {"steps": series(seeds, PICKS["kl"])[0]}
+        traces[name] |= {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
+    return {"traces": traces}
+
+
+def at_equal_reward(traces):
+    """(a reward that every variant reaches, seed by seed: half-way to the lowest of their peaks; {variant: KL
+    where it first has it})."""
+    seeds = range(len(traces["dpo"]["kl"]))
     targets = [(traces["dpo"]["reward"][i][0] + min(max(t["reward"][i]) for t in traces.values())) / 2
-               for i in range(n)]
-    equal_reward = {name: [reaches(t["reward"][i], t["kl"][i], targets[i]) for i in range(n)]
-                    for name, t in traces.items()}
-    equal_kl = {key: {name: {f"{level:g}": [reaches(t["kl"][i], t[key][i], level) for i in range(n)]
-                             for level in setting.levels} for name, t in traces.items()}
-                for key in ("reward", "entropy", "distinct_3")}
-    last, same = [], []
-    for name, (_, _, label, _) in variants(setting).items():
-        ends = {key: [row[-1] for row in traces[name][key]] for key in PICKS}
-        gap = versus(ends["rejected_kl"], ends["chosen_kl"], 3)
-        against = versus(ends["chosen_kl"], [row[-1] for row in traces["dpo"]["chosen_kl"]])
-        last.append([label, cell(ends["chosen_kl"]), "–" if name == "dpo" else against, gap,
-                     *(cell(ends[key]) for key in ("kl", "reward", "accuracy"))])
-        same.append([label, cell(equal_reward[name], 3), "–" if name == "dpo" else
-                     versus(equal_reward[name], equal_reward["dpo"], 3)])
-    pairs = [[variants(setting)[name][2], key.replace("distinct_3", "distinct 3-grams"),
-              *(versus(of[name][level], of["dpo"][level], 3) for level in of["dpo"])]
-             for key, of in equal_kl.items() for name in of if name != "dpo"]
-    first = [checkpoint(results[run_of(setting, seed, "dpo")], 0)["samples"] for seed in setting.seeds]
+               for i in seeds]
+    return targets, {name: [reaches(t["reward"][i], t["kl"][i], targets[i]) for i in seeds]
+                     for name, t in traces.items()}
+
+
+def report(setting, s):
+    traces, last, same, pairs = s["traces"], [], [], []
+    targets, equal = at_equal_reward(traces)
     ends = {name: {key: [row[-1] for row in t[key]] for key in PICKS} for name, t in traces.items()}
-    lower = versus(ends["tdpo2-0.5"]["chosen_kl"], ends["dpo"]["chosen_kl"])
-    verdicts = [["TDPO2 holds the sequential KL down", f"of chosen, α 0.5 − DPO: {lower}"],
-                ["TDPO1 lets SeqKL of rejected stay below that of chosen", "rejected − chosen: "
-                 + versus(ends["tdpo1"]["rejected_kl"], ends["tdpo1"]["chosen_kl"], 3)],
-                ["TDPO2 needs less KL for the same reward", "KL at equal reward, α 0.5 − DPO: "
-                 + versus(equal_reward["tdpo2-0.5"], equal_reward["dpo"], 3)]]
-    return {"verdicts": verdicts, "traces": traces, "targets": targets,
-            "equal_reward": equal_reward, "equal_kl": equal_kl,
-            "variants": {name: v[2:] for name, v in variants(setting).items()}, "tables": [
+    for name, of in ends.items():
+        label = variants(setting)[name][2]
+        last.append([label, cell(of["chosen_kl"]),
+                     "–" if name == "dpo" else versus(of["chosen_kl"], ends["dpo"]["chosen_kl"]),
+                     versus(of["rejected_kl"], of["chosen_kl"], 3),
+                     *(cell(of[key]) for key in ("kl", "reward", "accuracy"))])
+        same.append([label, cell(equal[name], 3),
+                     "–" if name == "dpo" else versus(equal[name], equal["dpo"], 3)])
+    at = {name: [[reaches(kl, y, level) for kl, y in zip(t["kl"], t["reward"], strict=True)]
+                 for level in setting.levels] for name, t in traces.items()}
+    pairs = [[variants(setting)[name][2], *(versus(*x, 3) for x in zip(of, at["dpo"], strict=True))]
+             for name, of in at.items() if name != "dpo"]
+    two, one, dpo = ends["tdpo2-0.5"], ends["tdpo1"], ends["dpo"]
+    return {"verdicts": [
+        common.verdict("TDPO2 holds the sequential KL down",
+                {"of chosen, α 0.5 − DPO": (two["chosen_kl"], dpo["chosen_kl"])}),
+        common.verdict("TDPO1 lets SeqKL of rejected stay below that of chosen",
+                {"rejected − chosen": (one["rejected_kl"], one["chosen_kl"])}),
+        common.verdict("TDPO2 needs less KL for the same reward",
+                {"KL at equal reward, α 0.5 − DPO": (equal["tdpo2-0.5"], equal["dpo"])})], "tables": [
         table(f"Step {setting.run.steps}, β {BETA:g}, held-out pairs: sequential KL(π_ref‖π), nats; samples: "
               "KL(π‖π_ref), true reward; mean ± 95 % interval over seeds",
               ["", "SeqKL chosen", "less DPO's, paired", "rejected − chosen, paired", "KL of samples",
@@ -83,16 +84,14 @@ def summarise(setting, results):
         table(f"KL(π‖π_ref) where a run first reaches a true reward of {cell(targets)} (each seed's own: "
               "half-way to the lowest peak), linearly between neighbours of 12 checkpoints",
               ["", "KL, nats", "less DPO's, paired"], same),
-        table("At equal KL, less DPO's, paired by seed, ± 95 % interval (reference: entropy "
-              f"{cell([x['entropy'][0] for x in first], 3)} nats per token, distinct 3-grams "
-              f"{cell([x['distinct_3'] for x in first], 3)})",
-              ["", "quantity", *(f"KL {level:g}" for level in setting.levels)], pairs)]}
+        table("Reward at equal KL, less DPO's, paired by seed, ± 95 % interval",
+              ["", *(f"KL {level:g}" for level in setting.levels)], pairs)]}
 
 
 def draw(s, path):
     fig, axes = figure(1, 3, width=4.3, height=3.5)
     for name, trace in s["traces"].items():
-        label, colour = s["variants"][name]
+        label, colour = variants(FULL)[name][2:]
         band(axes[0, 0], trace["steps"], trace["chosen_kl"], label, colour)
         gap = np.array(trace["rejected_kl"]) - np.array(trace["chosen_kl"])
         band(axes[0, 1], trace["steps"], gap, label, colour)
@@ -100,16 +99,9 @@ def draw(s, path):
     axes[0, 0].legend(fontsize=8, loc="upper left")
     axes[0, 1].axhline(0, color="grey", linewidth=0.8, linestyle="--")
     axes[0, 1].set(title="rejected − chosen", xlabel="step", ylabel="difference of SeqKL, nats")
-    rows = {}
-    for name, values in s["equal_reward"].items():
-        if name != "dpo":
-            label, colour = s["variants"][name]
-            pairs = zip(values, s["equal_reward"]["dpo"], strict=True)
-            rows[label] = [a - b for a, b in pairs if a is not None and b is not None], colour
+    equal = at_equal_reward(s["traces"])[1]
+    rows = {variants(FULL)[name][2]: (common.differences_of(values, equal["dpo"]), variants(FULL)[name][3])
+            for name, values in equal.items() if name != "dpo"}
     bars(axes[0, 2], rows)
     axes[0, 2].set(title="KL at equal reward, less DPO's", xlabel="nats, paired by seed (95 %)")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

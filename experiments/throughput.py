@@ -8,12 +8,9 @@ take turns, step by step, so that a noisy machine is noisy for both, and the los
     tdpo      the same with both full softmaxes for the KL: the shape of the official TDPO code
     trl       trl.DPOTrainer as pip installs it; needs trl, which brings datasets
 
-    python experiments/throughput.py --peer classic                 the rows of throughput.md
-    python experiments/throughput.py --peer tdpo
-    python experiments/throughput.py --peer trl                     on a random Qwen2, by ports/huggingface.py
     python experiments/throughput.py --against COMMIT               this checkout beside another commit
     python experiments/throughput.py --sampling [its flags]         experiments/sampling.py
-Flags that are not listed below go to train.py: --micro_batch_size 8, --compile, ...
+throughput.md has the other commands. Flags not listed below go to train.py. Needs Linux.
 
 Seconds are those of a turn of the loop, logging and the next batch included. CPU s is what all threads used:
 less than cores x time where other processes had the cores. Memory is the peak from the second step on, less
@@ -71,9 +68,8 @@ BETA, ALPHA, LR, CLIP = 0.1, 0.5, 1e-5, 1.0
 
 def draw_lengths(o):
     """Tokens of prompt, chosen and rejected response, (pairs, 3), end-of-text counted."""
-    rng, n = np.random.default_rng(0), o.batches * o.pairs
-    columns = [np.interp(rng.random(n), list(q), list(q.values())) for q in
-               (LENGTHS[o.lengths][k] for k in (0, 1, 1))]
+    rng, n, (P, y) = np.random.default_rng(0), o.batches * o.pairs, LENGTHS[o.lengths]
+    columns = [np.interp(rng.random(n), list(q), list(q.values())) for q in (P, y, y)]
     return np.stack(columns, -1).round().astype(int).clip(min=5)
 
 
@@ -92,6 +88,7 @@ def make(o):
     """The start of all sides, unless --model gives it, and the records."""
     layers, heads, channels = SIZES[o.size]
     torch.manual_seed(0)
+    space = " " if o.model else ""  # " a" is one token of most vocabularies
     if not o.model:
         o.model = str(Path(o.folder, "start"))
         ranks, eot = make_vocabulary(o.vocab), o.vocab - 1
@@ -108,21 +105,18 @@ def make(o):
     rng = np.random.default_rng(1)
 
     def text(n):
-        return "".join(rng.choice(list(LETTERS), n).tolist())
-
-    def record(P, C, R):
-        return {"prompt": text(P), "chosen": text(C - 1), "rejected": text(R - 1)}  # and end-of-text
+        return "".join(space + letter for letter in rng.choice(list(LETTERS), n))
 
     for name, lengths in (("records", draw_lengths(o)), ("held_out", [(8, 8, 8)])):
-        lines = [json.dumps(record(*n)) + "\n" for n in lengths]
-        Path(o.folder, f"{name}.jsonl").write_text("".join(lines))
+        records = [{"prompt": text(P), "chosen": text(C - 1), "rejected": text(R - 1)} for P, C, R in lengths]
+        Path(o.folder, f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 def read_records(o):
     return [json.loads(line) for line in Path(o.folder, "records.jsonl").read_text().splitlines()]
 
 
-# ---- The sides: each imports what it needs and returns what trains until it is stopped. It logs its steps ----
+# ---- The sides: each imports what it needs and returns what trains, until stopped, and logs its steps ----
 
 
 def ours(o):
@@ -172,7 +166,6 @@ def tdpo_loss(logits, ref_logits, tokens, scored, loss="tdpo2"):
 def two_models(o, loss_of):
     """The loop that `classic` and `tdpo` share: the logits of both models at every position."""
     kind = torch.float64 if o.dtype == "float64" else torch.float32
-    aligned = 1 if o.device == "cpu" else machine.ALIGN
 
     def forward(policy, reference, tokens, scored):
         logits = policy.logits(policy(tokens))  # (2B, T, V); padding is on the right: causal is enough
@@ -185,7 +178,8 @@ def two_models(o, loss_of):
         forward = torch.compile(forward, dynamic=True)
 
     def run():
-        policy, reference = (GPT.from_pretrained(o.model, aligned).to(o.device, kind) for _ in range(2))
+        multiple = 1 if o.device == "cpu" else machine.ALIGN
+        policy, reference = (GPT.from_pretrained(o.model, multiple).to(o.device, kind) for _ in range(2))
         tokenizer, log = Tokenizer(o.model), log_of(o)
         pairs = [[tokenizer.encode(r[side]) + [tokenizer.eot] * (side != "prompt")
                   for side in ("prompt", "chosen", "rejected")] for r in read_records(o)]
@@ -267,14 +261,13 @@ def reset_peak(device):
 
 
 def synchronize(device):
-    """Wait until a GPU has done what it was asked."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
 
 def matmul_rate(device, dtype):
-    """FLOP/s of this device's own matrix product, of 50 back to back: what MFU compares with."""
-    n, products = (512, 50) if device == "cpu" else (8192, 50)
+    """FLOP/s of this device's own matrix product, of 20 back to back: what MFU compares with."""
+    n, products = (512 if device == "cpu" else 8192), 20
     a, best = torch.randn(n, n, device=device).to(dtype), math.inf
     for _ in range(5):
         synchronize(device)
@@ -312,18 +305,15 @@ class Turns:
 
     def __call__(self, *_):
         synchronize(self.device)
+        compiled = torch._dynamo.utils.counters["stats"] if "torch._dynamo" in sys.modules else {}
         answer = {"seconds": time.perf_counter() - self.clock, "cpu": time.process_time() - self.cpu,
-                  "memory": memory(self.device, peak=True) - self.base, "graphs": compiled_graphs()}
+                  "memory": memory(self.device, peak=True) - self.base,
+                  "graphs": compiled.get("unique_graphs", 0)}  # of torch.compile: must stop growing
         if self.steps == 0:
             reset_peak(self.device)
         self.steps += 1
         print(json.dumps(answer), file=self.out, flush=True)
         self.wait()
-
-
-def compiled_graphs():
-    """How many graphs torch.compile has made in this process so far: it must stop growing."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
 def work(o):
@@ -371,8 +361,8 @@ class Side:
 
 
 def measure(o, sides):
-    """{name: its answers} of o.warmup + o.repeats rounds, in which each side makes the same step, and the
-    largest difference of each logged number. sides: {name: (side, root)}. Two sides at most take turns."""
+    """({name: its answers}, differences) of o.warmup + o.repeats rounds, in which each of one or two sides,
+    {name: (side, root)}, makes the same step."""
     answers = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as folder:
         o = argparse.Namespace(**vars(o) | {"folder": folder})
@@ -390,13 +380,11 @@ def measure(o, sides):
 
 
 def differences(o, logs):
-    """{number: its largest difference between the first two sides, over all steps that both have logged}."""
+    """{number: its largest difference between two sides, over all steps}."""
     if len(logs) < 2:
         return {}
-    a, b = logs
-    steps = a.keys() & b.keys()
-    if len(steps) < o.warmup + o.repeats - 1:
-        raise SystemExit(f"throughput.py: the sides logged {len(a)} and {len(b)} steps")
+    (a, b), steps = logs, logs[0].keys() & logs[1].keys()
+    assert len(steps) >= o.warmup + o.repeats - 1, f"the sides logged {len(a)} and {len(b)} steps"
     worst = {name: max(abs(a[i][name] - b[i][name]) for i in steps)
              for name in COMPARED if all(name in x[i] for x in (a, b) for i in steps)}
     if not worst["loss"] <= o.limit:
@@ -445,8 +433,7 @@ def compare(o, sides=None):
         print(f"{b} / {a}: {result['faster']:.3f} x the time ({min(ratio['seconds']):.2f} to "
               f"{max(ratio['seconds']):.2f} in {o.repeats} rounds), fastest steps {result['fastest']:.3f} x, "
               f"CPU time {result['less_cpu']:.3f} x, memory {result['smaller']:.2f} x")
-        print("largest differences of a step: " + ", ".join(f"{name} {x:.1e}" for name, x in worst.items()),
-              flush=True)
+        print("largest differences:", ", ".join(f"{name} {x:.1e}" for name, x in worst.items()), flush=True)
     return result
 
 
@@ -454,9 +441,9 @@ def against(o):
     """This checkout, with what is not committed, beside a commit, for DPO and for TDPO2. On a busy machine
     the fastest steps and CPU time say more than the median; equal code was found 0.95 to 1.05 apart there."""
     with tempfile.TemporaryDirectory() as folder:
-        git = ["git", "-C", str(HERE)]
         old = Path(folder, "old")
-        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(old), o.against], check=True)
+        if subprocess.run(["git", "worktree", "add", "-q", "--detach", old, o.against], cwd=HERE).returncode:
+            sys.exit(2)  # git has said why
         try:
             shutil.copy(__file__, old / "experiments" / "throughput.py")  # it asks train.py for flags only
             for loss in [o.loss] if o.loss else ["dpo", "tdpo2"]:
@@ -464,13 +451,12 @@ def against(o):
                 options = argparse.Namespace(**vars(o) | {"loss": loss})
                 compare(options, {"old": ("ours", old), "new": ("ours", HERE.parent)})
         finally:
-            subprocess.run([*git, "worktree", "remove", "--force", str(old)], check=False)
+            subprocess.run(["git", "worktree", "remove", "--force", old], cwd=HERE)
 
 
 def where(o):
     """Machine, versions, commit, load: what a number means nothing without."""
-    git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"],
-                         capture_output=True, text=True)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1:] or ["CPU\n"]
     device = machine.device_name(o.device) if o.device != "cpu" else (
         f"{cpu[0].splitlines()[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
@@ -480,8 +466,8 @@ def where(o):
 
 
 def parse(argv=None):
-    flag = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                   allow_abbrev=False)
+    flag = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     flag.add_argument("--peer", choices=("classic", "tdpo", "trl"), default="classic")
     flag.add_argument("--against", metavar="COMMIT", help="compare with this commit's train.py")
     flag.add_argument("--loss", choices=("dpo", "tdpo1", "tdpo2"), help="default dpo; tdpo2 beside tdpo")
@@ -499,15 +485,12 @@ def parse(argv=None):
     flag.add_argument("--limit", type=float, help="on the losses' difference; default by precision")
     flag.add_argument("--repeats", type=int, help="measured rounds; default 5; 15 for --against")
     flag.add_argument("--warmup", type=int, help="rounds before; default: an epoch, but at least 2")
-    flag.add_argument("--work", help=argparse.SUPPRESS)
     o, o.flags = flag.parse_known_args(argv)
     trl = o.peer == "trl" and not o.against
-    small = trl or o.against
-    defaults = {"size": "qwen2" if trl else "4x256", "lengths": "short" if small else "long",
-                "pairs": 4 if small else 8, "dtype": "float32" if o.device == "cpu" else "bfloat16",
+    defaults = {"size": "qwen2" if trl else "4x256", "lengths": "short" if trl or o.against else "long",
+                "pairs": 4 if trl or o.against else 8, "dtype": ("bfloat16", "float32")[o.device == "cpu"],
                 "repeats": 15 if o.against else 5, "batches": 1 if o.against else 5}
-    for name, value in defaults.items():
-        setattr(o, name, getattr(o, name) or value)
+    vars(o).update({name: getattr(o, name) or value for name, value in defaults.items()})
     o.warmup = o.warmup or max(2, 0 if o.live else o.batches)
     o.vocab = o.vocab or (151_936 if o.size == "qwen2" else 50257)
     o.limit = o.limit or {"float64": 1e-9, "float32": 1e-5 if trl else 2e-4, "bfloat16": 2e-2}[o.dtype]
@@ -528,9 +511,8 @@ def main(argv=None):
     if argv[:1] == ["--work"]:
         return work(argparse.Namespace(**json.loads(argv[1])))
     o = parse(argv)
-    setting = {"vocabulary": o.vocab, "pairs": o.pairs, "lengths": o.lengths, "dtype": o.dtype} | where(o)
-    print(f"{o.loss or 'dpo and tdpo2'}, {o.model or o.size}, "
-          + ", ".join(f"{name} {value}" for name, value in setting.items()), flush=True)
+    about = ", ".join(f"{name} {value}" for name, value in where(o).items())
+    print(f"{o.model or o.size}, {o.pairs} pairs, lengths {o.lengths}, {o.dtype}, {about}", flush=True)
     (against if o.against else compare)(o)
 
 

@@ -1,18 +1,15 @@
 """Claim 2: the weight sigma(r_l - r_w) in DPO's gradient: on noisy labels, and DPO without it.
 
-    python experiments/weight.py [--quick]
-
 That wrongly ordered pairs weigh more is no finding: the weight is a function of the order. Whether the pairs
 with a false label get more of it, and what happens without it, are.
 """
 
-import sys
-
 import numpy as np
-from common import COLOURS, band, cell, checkpoint, figure, main, save, series, table, versus
+from common import COLOURS, band, cell, figure, reaches, save, series, table, verdict, versus
 
 NAME, TITLE = "weight", "Claim 2. The weight in DPO's gradient (DPO, §4)"
 GROUPS = {"label_false": ("false label", "#d62728"), "label_true": ("true label", "#1f77b4")}
+LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)  # nats of KL at which the two are compared
 VARIANTS = {"dpo-0.1": ("dpo", 0.1, "DPO, β 0.1", COLOURS["dpo"]),
             "dpo-1": ("dpo", 1.0, "DPO, β 1", "#7fb8e0"),
             "unweighted": ("unweighted", 0.1, "weight held at ½", COLOURS["unweighted"])}
@@ -41,45 +38,46 @@ PICKS = {"reward": lambda c: c["samples"]["reward"][0], "kl": lambda c: c["sampl
          "chosen": lambda c: c["held_out"]["logratio/chosen"]}
 
 
-def summarise(setting, results):
-    weights, trace, weight_rows, state_rows = {}, {}, [], []
-    for name, (_, _, label, _) in VARIANTS.items():
+def measure(setting, results):
+    weights, trace = {}, {}
+    for name in VARIANTS:
         seeds = [results[run_of(setting, seed, name)] for seed in setting.seeds]
-        steps = series(seeds, PICKS["kl"])[0]
-        trace[name] = {"steps": steps} | {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
-        for step in steps[len(steps) // 2], steps[-1]:
-            records = [checkpoint(r, step) for r in seeds]
-            values = {key: [pick(r) for r in records] for key, pick in PICKS.items()}
-            without = [results[run_of(setting, seed, "unweighted")] for seed in setting.seeds]
-            base = [PICKS["reward"](checkpoint(r, step)) for r in without]
-            cells = [cell(x, 1 if key == "chosen" else 2) for key, x in values.items()]
-            state_rows.append([label, step, *cells,
-                               "–" if name == "unweighted" else versus(values["reward"], base)])
-        if name == "unweighted":
-            continue
-        weights[name] = {group: [windows(r["weights"], group) for r in seeds] for group in GROUPS}
-        for where, at in (("first", 0), ("middle", len(weights[name]["label_true"][0]) // 2), ("last", -1)):
-            false, true = ([w[at] for w in weights[name][group]] for group in GROUPS)
-            row = [cell(false, 3), cell(true, 3), versus(false, true, 3)]
-            weight_rows.append([label, where, *row])
-    false, true = ([w[-1] for w in weights["dpo-1"][group]] for group in GROUPS)
-    ends = {name: [row[-1] for row in trace[name]["reward"]] for name in VARIANTS}
-    verdicts = [["(ours) The weight singles out falsely labelled pairs",
-                 f"weight of false − true labels, β 1, last twelfth: {versus(false, true, 3)}"],
-                ["Without the weight the policy degenerates",
-                 f"true reward at step {2 * setting.run.steps}, β 0.1: without {cell(ends['unweighted'])}, "
-                 f"with {cell(ends['dpo-0.1'])}; with − without "
-                 f"{versus(ends['dpo-0.1'], ends['unweighted'])}"]]
-    return {"verdicts": verdicts, "weights": weights, "trace": trace, "tables": [
+        trace[name] = {"steps": series(seeds, PICKS["kl"])[0]}
+        trace[name] |= {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
+        if name != "unweighted":
+            weights[name] = {group: [windows(r["weights"], group) for r in seeds] for group in GROUPS}
+    return {"weights": weights, "trace": trace}
+
+
+def report(setting, s):
+    weights, trace, weight_rows, state_rows = s["weights"], s["trace"], [], []
+    for name, t in trace.items():
+        for at in len(t["steps"]) // 2, -1:
+            values = {key: [row[at] for row in t[key]] for key in PICKS}
+            state_rows.append([VARIANTS[name][2], t["steps"][at],
+                               *(cell(x, 1 if key == "chosen" else 2) for key, x in values.items())])
+    for name, of in weights.items():
+        for where, at in (("first", 0), ("middle", len(of["label_true"][0]) // 2), ("last", -1)):
+            false, true = ([w[at] for w in of[group]] for group in GROUPS)
+            weight_rows.append([VARIANTS[name][2], where, cell(false, 3), cell(true, 3),
+                                versus(false, true, 3)])
+    pairs = [list(zip(trace[name]["kl"], trace[name]["reward"], strict=True))
+             for name in ("dpo-0.1", "unweighted")]
+    equal = {f"reward with − without, KL {level:g}": [[reaches(*xy, level) for xy in of] for of in pairs]
+             for level in LEVELS}
+    last = {f"weight of false − true labels, {VARIANTS[name][2]}, last twelfth":
+            [[w[-1] for w in of[group]] for group in GROUPS] for name, of in weights.items()}
+    return {"verdicts": [verdict("(ours) The weight singles out falsely labelled pairs", last),
+                         verdict("Without the weight the policy degenerates (β 0.1, at equal KL)", equal, 2)],
+            "tables": [
         table("Mean gradient weight σ(r̂_l − r̂_w) of the training pairs in the first, middle and last "
               f"twelfth of {2 * setting.run.steps} steps, by whether the noisy label agrees with the true "
               "reward; mean ± 95 % interval over seeds",
               ["", "twelfth", *(label for label, _ in GROUPS.values()), "false − true, paired"], weight_rows),
         table("DPO, and the same gradient with its weight held at ½: true reward and KL of samples, share of "
               "sentences in the grammar, held-out accuracy, log-ratio of held-out chosen; mean ± 95 % "
-              "interval",
-              ["", "step", "true reward", "KL, nats", "in the grammar", "accuracy", "chosen log-ratio, nats",
-               "reward − unweighted's, paired"], state_rows)]}
+              "interval", ["", "step", "true reward", "KL, nats", "in the grammar", "accuracy",
+                           "chosen log-ratio, nats"], state_rows)]}
 
 
 def draw(s, path):
@@ -99,7 +97,3 @@ def draw(s, path):
         axis.set(xlabel="step", ylabel=label, title="with and without the weight")
     axes[0, 2].legend(fontsize=7, loc="lower left")
     save(fig, path)
-
-
-if __name__ == "__main__":
-    main([sys.modules[__name__]])

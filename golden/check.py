@@ -3,13 +3,16 @@
     python golden/check.py THEIRS.safetensors
 
 THEIRS holds any of the result tensors under their golden names (golden/README.md). One line for each tensor,
-then the verdict; where a loss is right and its gradient does not reach all parameters of the golden model, it
-names those. Exit status: 0 all equal, 1 something is off, 2 the file cannot be compared.
+then the verdict: the mistakes that give the wrong numbers, of all losses together, or loss by loss, or regime by
+regime, two at a time if one is not enough; constants that are off; float32 inside; a gradient that does not
+arrive. Exit status: 0 all equal, 1 something is off, 2 the file cannot be compared.
 """
 
 import argparse
 import difflib
 import functools
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -20,6 +23,14 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
 from golden import make, mistakes, pipeline
+from golden.mistakes import Mistake
+
+HALF = ("bfloat16", "float16")
+AT_A_KINK = ("start", "second-step")                             # regimes where DPOP's hinge is at 0 exactly
+EARLY = {f"golden.pipeline.{name}" for name in (                 # what is called before the losses
+    "predicting_logits", "scored_tokens", "kl_tokens", "position_kl", "sequence_sum", "sequence_kl",
+    "token_segments", "segment_logps", "normalised")} | {
+    f"losses.{name}" for name in ("token_logps", "token_kl", "segment_sum", "segment_rewards")}
 
 
 class BadInput(Exception):
@@ -32,30 +43,93 @@ def golden():
     path = make.HERE / "vectors.safetensors"
     if not path.exists():
         raise BadInput(f"{path}: no such file; golden/make.py writes it")
-    return load_file(path)
+    there = load_file(path)
+    return make.in_float32(there) | there
 
 
 @functools.cache
 def inputs(regime):
     """The input tensors of a regime by name."""
     start = f"input/{regime}/"
-    return {name.removeprefix(start): tensor for name, tensor in golden().items() if name.startswith(start)}
+    there = {name.removeprefix(start): tensor for name, tensor in golden().items() if name.startswith(start)}
+    return pipeline.unrolled(there)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What mistakes lead to
 
 
 @functools.cache
-def variant(mistake, dtype, regime, gradients):
-    """Every result of one regime with one known mistake in it, by name. The first three are names."""
-    with mistakes.BY_NAME[mistake].applied():
-        return pipeline.results(inputs(regime), getattr(torch, dtype), gradients)
+def logits(dtype, regime):
+    """No mistake is in the logits: computed once. Returns them and the parameters behind them, by name."""
+    return pipeline.all_logits(inputs(regime), getattr(torch, dtype))
+
+
+def is_early(mistake):
+    return not EARLY.isdisjoint(mistake.patches)
+
+
+@functools.cache
+def below(early, dtype, regime):
+    """The quantities below the losses, by name, with some mistakes made."""
+    with mistakes.applied(early):
+        return pipeline.quantities(inputs(regime), logits(dtype, regime)[0], getattr(torch, dtype))
+
+
+@functools.cache
+def variant(made, slope, dtype, regime, loss, what):
+    """Results of one regime, of one loss or ("") below the losses, by name, with some mistakes made.
+
+    made: a tuple of mistakes. slope: of their hinges at 0. what: "value", the loss alone; "near", gradients in
+    its arguments, too; "all", also those in logits and parameters.
+    """
+    x = inputs(regime)
+    with mistakes.applied(made, slope):
+        if "rate" in x:
+            return pipeline.results_after_a_step(loss, x, getattr(torch, dtype))
+        q = below(tuple(m for m in made if is_early(m)), dtype, regime)
+        if not loss:
+            return pipeline.results_below(q)
+        if what == "value":
+            return {f"{loss}/loss": pipeline.loss_value(loss, q).detach()}
+        return pipeline.results_of(loss, q, *logits(dtype, regime), what == "all")
+
+
+def result(made, slope, name):
+    """One result, a golden name, with some mistakes made."""
+    dtype, regime, rest = name.split("/", 2)
+    what = "value" if rest.endswith("/loss") and regime != "second-step" else \
+        "all" if rest.endswith("_logits") or "/grad/" in rest else "near"
+    return variant(made, slope, dtype, regime, by_loss(name), what)[rest]
+
+
+@functools.cache
+def touches(mistake, loss):
+    """Whether a mistake can change results of this loss, or ("") those below the losses."""
+    for target in mistake.patches:
+        name = target.removeprefix("losses.")
+        if name == "select_segments":
+            yes = loss in ("", "2d-dpo")
+        elif name.endswith("_loss"):
+            yes = loss and name == pipeline.losses.LOSSES[loss].__name__
+        else:
+            yes = loss or target in EARLY
+        if yes:
+            return True
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Comparison
 
 
 def dtype_name(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def tolerance(name, theirs):
+def tolerance(name, theirs, loose=False):
     """The largest allowed |theirs - golden| / max(1, |golden|): that of the coarser of the two dtypes."""
-    dtypes = [name.split("/")[0]] + [dtype_name(theirs)] * theirs.is_floating_point()
+    dtypes = [name.split("/")[0]] + [dtype_name(theirs)] * theirs.is_floating_point() + ["float32"] * loose
     return max(make.TOLERANCE[dtype] for dtype in dtypes)
 
 
@@ -69,9 +143,12 @@ def relative_error(theirs, ours):
     return error
 
 
-def equal(name, theirs, ours):
-    error = relative_error(theirs, ours)
-    return error.numel() == 0 or error.max().item() <= tolerance(name, theirs)
+def worst(theirs, ours):
+    return relative_error(theirs, ours).max().item() if theirs.numel() else 0.0
+
+
+def equal(name, theirs, ours, loose=False):
+    return worst(theirs, ours) <= tolerance(name, theirs, loose)
 
 
 def read(path):
@@ -94,10 +171,31 @@ def read(path):
         if tensor.shape != golden()[name].shape:
             raise BadInput(f"{path}: {name} has shape {list(tensor.shape)}, "
                            f"the golden one {list(golden()[name].shape)}")
-        dtype = dtype_name(tensor)
-        if tensor.is_complex() or tensor.is_floating_point() and dtype not in make.TOLERANCE:
-            raise BadInput(f"{path}: {name} is {dtype}; use one of {', '.join(make.TOLERANCE)}")
+        dtype, floats = dtype_name(tensor), golden()[name].is_floating_point()
+        if floats and dtype not in make.TOLERANCE:
+            hint = " (the bits of bfloat16 numbers? view them as bfloat16)" if dtype == "uint16" else ""
+            raise BadInput(f"{path}: {name} is {dtype}{hint}; use one of {', '.join(make.TOLERANCE)}")
+        if not floats and tensor.is_floating_point():
+            raise BadInput(f"{path}: {name} is {dtype}; it holds indices, use int64")
     return theirs
+
+
+def side_of(name):
+    return "rejected" if "rejected" in name else "chosen"
+
+
+def outside(name):
+    """Where a result's numbers belong to no response token or no segment: bool, or None if all belong."""
+    x, what = inputs(name.split("/")[1]), name.split("/")[-1]
+    mask = x[f"{side_of(name)}_response_mask"]
+    if what.endswith(("token_logps", "token_kl")):
+        return ~mask
+    if what.endswith("_logits"):                                 # column t predicts token t + 1
+        return ~torch.cat([mask[:, 1:], 0 * mask[:, :1]], 1).bool().unsqueeze(-1).expand(golden()[name].shape)
+    if what.endswith("segment_logps") or "/2d-dpo" in name and what.endswith("_logps"):
+        slots = torch.arange(golden()[name].shape[1])
+        return ~(x[f"{side_of(name)}_segments"].unsqueeze(-1) == slots).any(1)
+    return None
 
 
 def report(name, theirs):
@@ -105,26 +203,48 @@ def report(name, theirs):
     ours, error = golden()[name], relative_error(theirs, golden()[name])
     lost = ~theirs.double().isfinite()
     if lost.any():
-        first = lost.nonzero()[0].tolist()
-        return f"off  {name}  NaN or infinite at {lost.sum()} of {lost.numel()} places, first at {first}"
-    worst = error.max().item()
-    if worst <= tolerance(name, theirs):
-        return f"ok   {name}  within {worst:.0e}"
-    at = tuple((error == worst).nonzero()[0].tolist())
-    return (f"off  {name}  by {worst:.3g} (tolerance {tolerance(name, theirs):.0e}), worst at {list(at)}: "
-            f"yours {theirs[at].item():.10g}, golden {ours[at].item():.10g}")
-
-
-def gives(mistake, name, theirs, gradients):
-    """Whether the known mistake leads to this tensor."""
-    dtype, regime, result = name.split("/", 2)
-    return equal(name, theirs, variant(mistake, dtype, regime, gradients)[result])
+        line = (f"off  {name}  NaN or infinite at {lost.sum()} of {lost.numel()} places, "
+                f"first at {lost.nonzero()[0].tolist()}")
+        free = outside(name)
+        if free is not None and not (lost & ~free).any():
+            line += ", all outside the response: where(mask, x, 0) came too late, mask before log, exp and division"
+        return line
+    if worst(theirs, ours) <= tolerance(name, theirs):
+        return f"ok   {name}  within {worst(theirs, ours):.0e}"
+    at = tuple((error == error.max()).nonzero()[0].tolist())
+    return (f"off  {name}  by {error.max().item():.3g} (tolerance {tolerance(name, theirs):.0e}), "
+            f"worst at {list(at)}: yours {theirs[at].item():.10g}, golden {ours[at].item():.10g}")
 
 
 def loss_and_what(name):
     """float64/gpt/dpo/grad/ln_f.bias -> ("dpo", "grad/ln_f.bias"), float64/gpt/chosen_logps -> ("", ...)."""
     _, _, *loss, what = name.replace("/grad/", "/grad ").split("/")
     return loss[0] if loss else "", what
+
+
+def split(tensors, key):
+    """A dict of tensors in parts with one key(name) each: {key: part}."""
+    parts = {}
+    for name, tensor in tensors.items():
+        parts.setdefault(key(name), {})[name] = tensor
+    return parts
+
+
+def by_loss(name):
+    return loss_and_what(name)[0]
+
+
+def by_regime(name):
+    return name.split("/")[1]
+
+
+def cost(name):
+    """0 for a loss, 1 for a gradient in its arguments, ... : what computing a result with mistakes costs."""
+    if by_regime(name) == "second-step":
+        return 4
+    if name.endswith("_logits") or "/grad/" in name:
+        return 3
+    return 0 if name.endswith("/loss") else 1 if by_loss(name) else 2
 
 
 def unreached(theirs, fine):
@@ -141,17 +261,153 @@ def unreached(theirs, fine):
     return found
 
 
-def explanations(off, fine):
-    """The known mistakes that give every tensor in off; if some of these give all in fine as well, only they.
-
-    Args: off and fine, name -> tensor, the port's wrong and right results. Returns a list of mistakes.
-    """
-    grads = any(name.endswith("_logits") or "/grad/" in name for name in [*off, *fine])
-    found = [m for m in mistakes.MISTAKES if all(gives(m.name, name, t, grads) for name, t in off.items())]
-    return [m for m in found if all(gives(m.name, name, t, grads) for name, t in fine.items())] or found
+# ---------------------------------------------------------------------------------------------------------
+# Explanations. Each is a tuple of mistakes and the slope of their hinges at 0.
 
 
-def subject(names):
+class Port:
+    """The right results of a port, next to which wrong ones are explained."""
+    def __init__(self, fine):
+        self.fine = fine
+
+    def give(self, explanation, tensors, loose=True):
+        """Whether the mistakes lead to all of these tensors, or (loose) to all of them in float32's precision.
+
+        Losses come first: they are the quickest to compute.
+        """
+        return all(equal(name, tensors[name], result(*explanation, name), loose)
+                   for name in sorted(tensors, key=cost))
+
+    def fine_beside(self, off):
+        """The right results of the same losses and of what is below them."""
+        losses = {"", *map(by_loss, off)}
+        return {name: t for name, t in self.fine.items() if by_loss(name) in losses}
+
+    def best(self, found, off):
+        """Of several explanations the closest, and of these those that fit the right results beside, if any do."""
+        fine = self.fine_beside(off)
+        found = [e for e in found if self.give(e, off, loose=False)] or found
+        return [e for e in found if self.give(e, fine)] or found if len(found) > 1 else found
+
+    def singles(self, off):
+        losses = {by_loss(name) for name in off}
+        kink = "dpop" in losses and any(by_regime(name) in AT_A_KINK for name in off)
+        found = []
+        for mistake in mistakes.MISTAKES:
+            if all(touches(mistake, loss) for loss in losses):
+                slopes = (0.0, 0.5, 1.0) if kink and mistake.name.startswith("dpop") else (0.0,)
+                fits = (((mistake,), slope) for slope in slopes if self.give(((mistake,), slope), off))
+                found += itertools.islice(fits, 1)
+        return self.best(found, off)
+
+    def probe(self, off):
+        """The wrong results of one regime that are quick to compute: of the loss, or else gradients."""
+        quick = {name: t for name, t in off.items() if cost(name) < 3 and by_loss(name)}
+        parts = split(quick, lambda name: (cost(name), by_regime(name) in AT_A_KINK, by_regime(name)))
+        return parts[min(parts)] if parts else {}
+
+    def candidates(self, probe):
+        """Mistakes that may be one of two: they touch the loss and contradict nothing sent from below it."""
+        (loss, regime), = {(by_loss(name), by_regime(name)) for name in probe}
+        sent = {name: t for name, t in self.fine.items() if not by_loss(name) and by_regime(name) == regime
+                and not name.endswith(("_selected", "_rewards"))}
+        return [m for m in mistakes.MISTAKES if touches(m, loss) and not m.definition
+                and (not is_early(m) or self.give(((m,), 0.0), sent))]
+
+    def pairs(self, off):
+        """Two mistakes at once in one loss."""
+        probe = self.probe(off)
+        both = itertools.combinations(self.candidates(probe), 2) if probe else ()
+        found = [((a, b), 0.0) for a, b in both if mistakes.combine(a, b)
+                 and not (is_early(a) and is_early(b) and "mean" not in a.name + b.name)  # slow, and rare
+                 and self.give(((a, b), 0.0), probe)]
+        return self.best([e for e in found if self.give(e, off)], off)
+
+    def constants(self, off, bases=((),)):
+        """A hyper-parameter with another value, or a term that a number switches on; bases: mistakes besides."""
+        probe = self.probe(off)
+        if not probe:
+            return []
+        name = next(iter(probe))
+        loss, (dtype, regime, what) = by_loss(name), name.split("/", 2)
+        error = relative_error(probe[name], golden()[name])
+        at = tuple((error == error.max()).nonzero()[0].tolist())
+        for base in bases:
+            q = below(tuple(m for m in base if is_early(m)), dtype, regime)
+            for words, value, patches in mistakes.constants(loss)[:1 if base else None]:
+                def with_number(x, base=base, patches=patches, q=q):
+                    with mistakes.applied((*base, Mistake("", "", patches(x)))):
+                        if cost(name) == 0:
+                            return pipeline.loss_value(loss, q)[at].item()
+                        return pipeline.results_of(loss, q, {}, {}, False)[what][at].item()
+                x = root(with_number, value, probe[name][at].item())
+                if x is not None:
+                    found = Mistake("constant", words.format(f"{x:.4g}"), patches(float(f"{x:.4g}")))
+                    whole = ((*base, found), 0.0)
+                    if self.give(whole, off) and self.give(whole, {n: t for n, t in self.fine_beside(off).items()
+                                                                   if by_loss(n)}):
+                        return [whole]
+        return []
+
+    def parts(self, off):
+        """The wrong results of one loss in parts: a list of (explanations, tensors); [] explains nothing."""
+        found = self.singles(off) or self.constants(off)
+        if found:
+            return [(found, off)]
+        dead = {name: t for name, t in off.items() if "/grad" in name and not t.any()}
+        if dead and len(dead) < len(off):
+            stopped = ((mistakes.BY_NAME["policy-gradient-stopped"],), 0.0)
+            return [([stopped], dead), *self.parts({name: t for name, t in off.items() if name not in dead})]
+        regimes, apart = split(off, by_regime), []
+        for regime in sorted(regimes, key=lambda regime: regime == "second-step"):
+            slow = regime == "second-step" and not all(found for found, _ in apart)
+            apart.append(([] if slow else self.singles(regimes[regime]), regimes[regime]))
+        if len(apart) > 1 and all(found for found, _ in apart):
+            return apart
+        found, probe = self.pairs(off), self.probe(off)
+        if probe and not found:
+            found = self.constants(off, [(m,) for m in self.candidates(probe)])
+        return [(found, off)] if found or len(apart) == 1 else apart
+
+    def unstable(self, off):
+        """Selections whose rewards are right, in another order of equal ones, and what they lead to."""
+        explained = {}
+        for regime, part in split({n: t for n, t in off.items() if n.endswith("_selected")}, by_regime).items():
+            start = next(iter(part)).split("/")[0]
+            index = {}
+            for side in pipeline.SIDES:
+                name = f"{start}/{regime}/{side}_selected"
+                index[side] = (part | self.fine).get(name, golden()[name])
+                rank = mistakes.rank(golden()[f"float64/{regime}/{side}_rewards"])
+                theirs, ours = (rank.gather(1, i.clamp(0, rank.shape[1] - 1)) for i in (index[side], golden()[name]))
+                if not torch.equal(theirs, ours):
+                    return {}
+            i_w, i_l = (index[side].clamp(min=0) for side in pipeline.SIDES)
+            theirs = Mistake("", "", mistakes.selected(lambda a, b, paired, i_w=i_w, i_l=i_l: (i_w, i_l, paired)))
+            explained |= {name: t for name, t in off.items() if by_regime(name) == regime and by_loss(name) in (
+                "", "2d-dpo") and (name in part or self.give(((theirs,), 0.0), {name: t}))}
+        return explained
+
+
+def root(f, x, target):
+    """Where f(x) is the target, by secants from x, or None."""
+    a, b = x, 2 * x or 0.1
+    fa, fb = f(a) - target, f(b) - target
+    for _ in range(15):
+        if not (math.isfinite(fb) and math.isfinite(b)) or fb == fa:
+            return None
+        if abs(fb) < 1e-12 * max(1, abs(target)):
+            return b
+        a, fa, b = b, fb, b - fb * (b - a) / (fb - fa)
+        fb = f(b) - target
+    return b if abs(fb) < 1e-7 * max(1, abs(target)) else None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Words
+
+
+def subject(names, verb="equal"):
     """What is wrong, in words with a verb: "dpop value equals", "tdpo2 gradient, chosen_seq_kl equal"."""
     words = {}                                                   # a dict keeps the order
     for name in names:
@@ -165,30 +421,74 @@ def subject(names):
             words[what] = True
     words = list(words)
     more = f" and {len(words) - 4} more" if len(words) > 4 else ""
-    return ", ".join(words[:4]) + more + (" equal" if len(words) > 1 else " equals")
+    return ", ".join(words[:4]) + more + (f" {verb}" if len(words) > 1 else f" {verb}s")
+
+
+def sentences(port, explanations, off):
+    """Lines about wrong results with the same explanations, or with none."""
+    if not explanations:
+        return [f"your {subject(off)} no known mistake's, nor two of them at once"]
+    lines = []
+    for i, (made, slope) in enumerate(explanations):
+        says = ", and ".join(m.says for m in made) + f", with a hinge whose slope at 0 is {slope:g}" * (slope > 0)
+        if made[0].definition:
+            says = f"another definition, not a mistake in the loss: {says}"
+        lines.append(f"{'or equals' if i else 'your ' + subject(off)} {says}")
+        lines += [f"    [{m.name}; seen in {m.seen}]" for m in made if m.name != "constant"]
+    if len(explanations) > 1:
+        lines.append("    (more regimes or tensors in your file would tell these apart)")
+    if not port.give(explanations[0], off, loose=False):
+        lines.append("    (to float32's precision only: computed in float32 somewhere, besides)")
+    return lines
+
+
+def float32_inside(off):
+    """The wrong results that are right to float32, or, if all others are, to float32 sums of thousands of tokens.
+
+    Returns them and words for what is the matter.
+    """
+    near = {name for name, t in off.items() if worst(t, golden()[name]) <= make.TOLERANCE["float32"]}
+    sums = {name for name in off if by_regime(name) == "thousands" and worst(off[name], golden()[name]) < 0.02}
+    if near | sums == off.keys() and sums - near:
+        return off, "sums of thousands of tokens: add in float64, or log pi - log pi_ref token by token"
+    return {name: off[name] for name in off if name in near}, "computed in float32 somewhere"
+
+
+def without(tensors, names):
+    return {name: t for name, t in tensors.items() if name not in names}
 
 
 def verdict(off, fine):
     """Lines that name the mistakes behind the wrong tensors: one for all of them, else loss by loss."""
-    found = explanations(off, fine)
-    groups = {}
-    for name, tensor in off.items():
-        groups.setdefault(loss_and_what(name)[0], {})[name] = tensor
-    if found or len(groups) == 1:
-        groups = {"": off}
-    named = {}                                                   # names of mistakes -> the tensors they give
-    for group in groups.values():
-        found = explanations(group, fine)
-        named.setdefault(tuple(m.name for m in found), []).extend(group)
-    lines = []
-    for found, names in named.items():
-        if not found:
-            lines.append(f"your {subject(names)} no known mistake's")
-        for i, mistake in enumerate(mistakes.BY_NAME[name] for name in found):
-            lines.append(f"{'or equals' if i else 'your ' + subject(names)} {mistake.says}")
-            lines.append(f"    [{mistake.name}; seen in {mistake.seen}]")
-        if len(found) > 1:
-            lines.append("    (more regimes or tensors in your file would tell these apart)")
+    lines, port = [], Port(fine)
+    if any(dtype_name(t) in HALF for t in off.values()):
+        lines.append("half precision throughout is not expected to pass: compute in float32, or round exact results; "
+                     "below are only numbers that rounding does not explain")
+        off = {name: t for name, t in off.items() if dtype_name(t) not in HALF
+               or worst(t, golden()[name]) > 10 * tolerance(name, t)}
+    found = port.singles(off) if off else []
+    if found:
+        return lines + sentences(port, found, off)
+    near, where = float32_inside(off)
+    if near:
+        lines.append(f"your {subject(near, 'agree')} with golden to float32's precision only: {where}")
+        off = without(off, near)
+    ties = port.unstable(off)
+    if ties:
+        found = port.singles(ties)
+        lines += sentences(port, found, ties) if found else [
+            f"your {subject(ties)} those of an unstable sort: equal rewards in another order than the text's"]
+        off = without(off, ties)
+    named = {}                                                   # explanations -> the tensors they give
+    for part in split(off, by_loss).values():
+        for found, tensors in port.parts(part):
+            named.setdefault(tuple(found), {}).update(tensors)
+    for found, tensors in named.items():
+        lines += sentences(port, found, tensors)
+    sort = {name for name in named.get((), []) if by_loss(name) == "2d-dpo"}
+    right = {by_regime(name) for name in fine if by_loss(name) == "2d-dpo"}
+    if sort and right and all(tied(by_regime(name)) for name in sort) and not all(map(tied, right)):
+        lines.append("    (2d-dpo is off only where rewards are equal: an unstable sort? send *_selected, too)")
     return lines
 
 

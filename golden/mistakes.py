@@ -5,13 +5,14 @@ golden/check.py runs the golden inputs through each of them to say which one a p
 
 A mistake is a set of replacements, "module.attribute" -> function. Those in losses.* are seen by every test
 that calls losses.py; those in golden.pipeline.* happen around the losses, in the handling of a batch.
-A replacement calls the right function through `right` (losses.py) or `stage` (the pipeline), frozen here.
+A replacement calls the right function through `right` (losses.py) or `stage` (the pipeline), frozen here; a
+`Wrap` calls what stands there at that moment, so that two mistakes can be made at once.
 Letters of the short functions: w and l chosen and rejected, c their log-ratios, k their KLs, r their rewards.
 """
 
-import importlib
 import math
-from contextlib import contextmanager
+import sys
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -31,16 +32,24 @@ MLX = "Goekdeniz-Guelmez/mlx-lm-lora, dpo_trainer.py, and its copies"
 
 
 @dataclass(frozen=True)
+class Wrap:
+    """A replacement made from the function in its place: make(function) -> function."""
+    make: object
+
+
+@dataclass(frozen=True, eq=False)
 class Mistake:
     """One wrong variant and the words for it.
 
     name: in kebab case. says: what follows "your ... equals". patches: "module.attribute" -> replacement.
-    seen: where it was published; "ports": no place on record.
+    seen: where it was published; "ports": no place on record. definition: True for what is no mistake but
+    another definition, of a number that only a log shows.
     """
     name: str
     says: str
     patches: dict = field(repr=False)
     seen: str = "ports"
+    definition: bool = False
 
     @contextmanager
     def applied(self):
@@ -48,14 +57,43 @@ class Mistake:
         places = []
         for target, replacement in self.patches.items():
             module, attribute = target.rsplit(".", 1)
-            module = importlib.import_module(module)
-            places.append((module, attribute, getattr(module, attribute)))
-            setattr(module, attribute, replacement)
+            module = sys.modules[module]
+            there = getattr(module, attribute)
+            places.append((module, attribute, there))
+            setattr(module, attribute, replacement.make(there) if isinstance(replacement, Wrap) else replacement)
         try:
             yield
         finally:
-            for module, attribute, original in places:
-                setattr(module, attribute, original)
+            for place in places:
+                setattr(*place)
+
+
+SLOPE = 0.0                                                      # of every hinge below, at 0 exactly
+
+
+@contextmanager
+def applied(mistakes, slope=0.0):
+    """Several mistakes at once, with hinges of this slope at 0. Wraps go around what replaces a function."""
+    global SLOPE
+    with ExitStack() as stack:
+        for mistake in sorted(mistakes, key=lambda m: any(isinstance(p, Wrap) for p in m.patches.values())):
+            stack.enter_context(mistake.applied())
+        SLOPE = slope
+        try:
+            yield
+        finally:
+            SLOPE = 0.0
+
+
+def combine(a, b):
+    """Whether both mistakes can be made at once: neither would undo the other."""
+    both = a.patches.keys() & b.patches.keys()
+    return all(isinstance(a.patches[t], Wrap) or isinstance(b.patches[t], Wrap) for t in both)
+
+
+def hinge(x):
+    """max(0, x), written without any framework's own, whose slope at 0 differs from one to the next."""
+    return torch.where(x > 0, x, torch.where(x == 0, SLOPE * x, 0.0))
 
 
 def around(**replacements):
@@ -72,8 +110,14 @@ def sg(x):
     return x.detach()
 
 
+def softplus(h):
+    """-log sigma(-h)"""
+    return -F.logsigmoid(-h)
+
+
 def nls(h):
-    return -F.logsigmoid(h)
+    """-log sigma(h), with the log-sigmoid that losses.py uses at that moment."""
+    return -losses.F.logsigmoid(h)
 
 
 def mean_of_rows(values, row, rows):
@@ -103,7 +147,21 @@ def padding_too(ids, mask):
 
 
 def without_end_of_text(ids, mask):
-    return mask & (ids != 0)                                     # 0 is end-of-text, and pads
+    return mask & (mask.flip(1).cumsum(1).flip(1) > 1)           # all but the last token of the response
+
+
+def begin_of_text_too(ids, mask):
+    return mask | (ids == 5) & one_later(mask.flip(1), False).flip(1)
+
+
+def between_too(ids, mask):
+    return padding_too(ids, mask) & (mask.flip(1).cumsum(1).flip(1) > 0)
+
+
+def counted_from_the_left(ids, mask):
+    """The response's columns less those of the padding before the prompt: as if rows began at column 0."""
+    pads = ((ids == ids[:, -1:]).cumprod(1).sum(1) * mask[:, -1]).unsqueeze(1)  # no right padding: left
+    return mask.gather(1, (torch.arange(ids.shape[1]) + pads) % ids.shape[1]) & (torch.arange(ids.shape[1]) > 0)
 
 
 def label_kl(estimate):
@@ -137,17 +195,47 @@ def boundary_counted_twice(token_logps, segments, num):
     return stage.segment_logps(token_logps, segments, num) + stage.segment_logps(token_logps, again, num)
 
 
+def each_side(change):
+    """The scores of each side changed by change(scores, aspect_max, present)."""
+    return around(normalised=lambda scores, top, present: {side: change(x, top, present[side])
+                                                           for side, x in scores.items()})
+
+
 def min_max(scores, aspect_max, present):
     low, high = (torch.where(present[..., None], scores, x * torch.inf) for x in (1, -1))  # (B, S, A)
     low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
     return (scores - low) / (high - low)
 
 
+def maximum_of_the_batch(scores, aspect_max, present):
+    top = torch.cat([x[present[side]] for side, x in scores.items()]).amax(0)  # (A,)
+    return {side: x / top for side, x in scores.items()}
+
+
+def sequence_loss(change):
+    """A loss without segments changed around its call: change(call, q) -> loss, where call(q) is the loss."""
+    def make(call):
+        def loss_value(name, q):
+            if name not in ("dpo", "dpop", "tdpo1", "tdpo2"):
+                return call(name, q)
+            return change(lambda q: call(name, q), q)
+        return loss_value
+    return around(loss_value=Wrap(make))
+
+
+def policy_tail_halved(call, q):
+    """LD-DPO's discount of the tokens beyond the shorter response, on the policy's log-probabilities."""
+    shorter = torch.minimum(*(q[f"{side}_mask"].sum(1) for side in pipeline.SIDES)).unsqueeze(1)
+    tail = {f"{side}_logps": q[f"{side}_logps"] - 0.5 * torch.where(
+        q[f"{side}_mask"].cumsum(1) > shorter, q[f"{side}_token_logps"], 0.0).sum(1) for side in pipeline.SIDES}
+    return call(q | tail)
+
+
 def dpop_per_token(name, q):
     if name != "dpop":
         return stage.loss_value(name, q)
     beta, lam = pipeline.HYPER["dpop"].values()
-    penalty = F.relu(q["ref_chosen_token_logps"] - q["chosen_token_logps"]).sum(-1)  # hinge before the sum
+    penalty = hinge(q["ref_chosen_token_logps"] - q["chosen_token_logps"]).sum(-1)  # hinge before the sum
     ratios = q["chosen_logps"] - q["ref_chosen_logps"] - (q["rejected_logps"] - q["ref_rejected_logps"])
     return nls(beta * (ratios - lam * penalty))
 
@@ -162,73 +250,76 @@ def reward(value):
 def with_penalty(value, q, side, knobs, name):
     if (name, side) != ("dpop", "chosen"):
         return value
-    return value - knobs["beta"] * knobs["lam"] * F.relu(q["ref_chosen_logps"] - q["chosen_logps"])
+    return value - knobs["beta"] * knobs["lam"] * hinge(q["ref_chosen_logps"] - q["chosen_logps"])
 
 
 BATCH = [
-    Mistake("no-shift",
-            "logits that were not shifted: column t scored on token t, where it predicts token t + 1",
-            around(predicting_logits=lambda logits: logits),
+    Mistake("no-shift", "logits that were not shifted: column t scored on token t, where it predicts token t "
+            "+ 1", around(predicting_logits=lambda logits: logits),
             "lucidrains/self-rewarding-lm-pytorch, self_rewarding_lm_pytorch/dpo.py, "
             "log_prob_from_model_and_seq"),
-    Mistake("mask-wrong-side",
-            "a mask sliced on the wrong side of the shift (mask[:, :-1] for mask[:, 1:]): the first "
-            "response token is lost, the one after the response scored",
+    Mistake("mask-wrong-side", "a mask sliced on the wrong side of the shift (mask[:, :-1] for mask[:, 1:]): "
+            "the first response token is lost, the one after the response scored",
             around(scored_tokens=lambda ids, mask: one_later(mask, False)),
             f"{X_TRANSFORMERS}:30-31 (corrected since)"),
-    Mistake("prompt-scored",
-            "the prompt's tokens counted with the response's",
+    Mistake("prompt-scored", "the prompt's tokens counted with the response's",
             around(scored_tokens=prompt_too)),
     Mistake("last-prompt-token-scored", "the last token of the prompt counted with the response's",
             around(scored_tokens=last_prompt_token_too)),
     Mistake("padding-scored", "the padding counted with the response", around(scored_tokens=padding_too)),
     Mistake("one-pad-scored", "one token after the end-of-text counted with the response",
             around(scored_tokens=lambda ids, mask: mask | one_later(mask, False))),
-    Mistake("end-of-text-not-scored",
-            "a response without its end-of-text, masked because it is also the padding id",
-            around(scored_tokens=without_end_of_text)),
+    Mistake("end-of-text-not-scored", "a response without its end-of-text, masked because it is also the "
+            "padding id", around(scored_tokens=without_end_of_text)),
+    Mistake("id-0-not-scored", "a response without its tokens of id 0, an id like any other",
+            around(scored_tokens=lambda ids, mask: mask & (ids != 0)), "xtuner 0.2.0"),
+    Mistake("begin-of-text-scored", "a begin-of-text before the response counted with it",
+            around(scored_tokens=begin_of_text_too), "google-tunix 0.1.7"),
+    Mistake("holes-scored", "all tokens from the response's first to its last, those between that are not "
+            "scored too", around(scored_tokens=between_too)),
+    Mistake("left-padding-ignored", "a response looked up as if its row were not padded on the left",
+            around(scored_tokens=counted_from_the_left)),
     Mistake("first-token-not-scored", "a response without its first token",
             around(scored_tokens=lambda ids, mask: mask & (mask.cumsum(1) > 1))),
     Mistake("kl-over-prompt", "a sequential KL that also runs over the prompt", around(kl_tokens=prompt_too)),
-    Mistake("kl-over-padding",
-            "a sequential KL that also runs over the padding",
+    Mistake("kl-over-padding", "a sequential KL that also runs over the padding",
             around(kl_tokens=padding_too)),
     Mistake("kl-without-end-of-text", "a sequential KL without the position that predicts end-of-text",
             around(kl_tokens=without_end_of_text)),
-    Mistake("kl-one-column-late",
-            "the KL of the logits in a token's own column: the column before predicts it",
-            around(position_kl=kl_one_column_late)),
-    Mistake("kl-on-the-label",
-            "the KL's term of the label token alone, q_y (log q_y - log s_y), instead of the sum over the "
-            "vocabulary",
-            label_kl(lambda q, s: q.exp() * (q - s))),
-    Mistake("kl-as-label-log-ratio",
-            "log q_y - log s_y of the label token, a one-sample estimate, instead of the KL",
-            label_kl(lambda q, s: q - s)),
-    Mistake("kl-k3",
-            "the k3 estimate on the label token, q_y/s_y - 1 - log(q_y/s_y), GRPO's, instead of the KL",
-            label_kl(lambda q, s: (q - s).exp() - 1 - (q - s))),
-    Mistake("kl-k3-forward",
-            "the k3 estimate on the label token, s_y/q_y - 1 - log(s_y/q_y), instead of the KL",
-            label_kl(lambda q, s: (s - q).exp() - 1 - (s - q))),
+    Mistake("kl-one-column-late", "the KL of the logits in a token's own column: the column before predicts "
+            "it", around(position_kl=kl_one_column_late)),
+    Mistake("kl-on-the-label", "the KL's term of the label token alone, q_y (log q_y - log s_y), instead of "
+            "the sum over the vocabulary", label_kl(lambda q, s: q.exp() * (q - s))),
+    Mistake("kl-as-label-log-ratio", "log q_y - log s_y of the label token, a one-sample estimate, instead "
+            "of the KL", label_kl(lambda q, s: q - s)),
+    Mistake("kl-k3", "the k3 estimate on the label token, q_y/s_y - 1 - log(q_y/s_y), GRPO's, instead of the "
+            "KL", label_kl(lambda q, s: (q - s).exp() - 1 - (q - s))),
+    Mistake("kl-k3-forward", "the k3 estimate on the label token, s_y/q_y - 1 - log(s_y/q_y), instead of the "
+            "KL", label_kl(lambda q, s: (s - q).exp() - 1 - (s - q))),
+    Mistake("sft-term", "a loss plus -log pi(y_w|x), an SFT term with weight 1: the papers have none",
+            sequence_loss(lambda call, q: call(q) - q["chosen_logps"])),
+    Mistake("sft-term-per-token", "a loss plus the mean of -log pi over the chosen response's tokens",
+            sequence_loss(lambda call, q: call(q) - q["chosen_logps"] / q["chosen_mask"].sum(1))),
+    Mistake("ld-dpo-policy-only", "LD-DPO's weight on tokens beyond the shorter response (0.5) for the "
+            "policy and not for the reference", sequence_loss(policy_tail_halved),
+            "LLaMA-Factory 0.9.5, ms-swift 4.6.0"),
+    Mistake("reference-trained", "a reference that the step changed with the policy: it must stay as it was",
+            around(reference_after_the_step=lambda policy, reference: policy)),
     Mistake("kl-mean-over-tokens", "a mean of the KL over the response: D_SeqKL is a sum",
             around(sequence_kl=mean_of_rows)),
     Mistake("mean-per-sequence", "a mean over the response's tokens under a sum's equation",
             around(sequence_sum=mean_of_rows), f"{NOTEBOOK}; {X_TRANSFORMERS}"),
-    Mistake("divided-by-pairs",
-            "gradients of the mean over the pairs; the golden ones are pair by pair: backward from "
-            "loss.sum()",
-            around(objective=lambda loss: loss.mean())),
-    Mistake("dpop-hinge-per-token",
-            "the hinge taken at every token and then summed (Eq. 3 takes it once, of the sequence)",
-            around(loss_value=dpop_per_token)),
-    Mistake("reward-includes-kl",
-            "a reward with the sequential KL in it: the implicit reward stays beta log pi/pi_ref",
+    Mistake("divided-by-pairs", "gradients of the mean over the pairs; the golden ones are pair by pair: "
+            "backward from loss.sum()", around(objective=lambda loss: loss.mean())),
+    Mistake("dpop-hinge-per-token", "the hinge taken at every token and then summed (Eq. 3 takes it once, of "
+            "the sequence)", around(loss_value=dpop_per_token)),
+    Mistake("reward-includes-kl", "a reward with beta D_SeqKL in it, as in TDPO's Theorem 4.5; golden's is "
+            "beta log pi/pi_ref for all losses",
             reward(lambda value, q, side, knobs, name: value + knobs["beta"] * q[f"{side}_seq_kl"]),
-            f"{TDPO_AUTHORS}, trainers.py, tdpo_loss"),
-    Mistake("reward-includes-penalty",
-            "a reward with DPOP's penalty in it: the implicit reward stays beta log pi/pi_ref",
-            reward(with_penalty), "turbo-llm/turbo-alignment, turbo_alignment/trainers/dpo.py"),
+            f"{TDPO_AUTHORS}, trainers.py, tdpo_loss", definition=True),
+    Mistake("reward-includes-penalty", "a reward with DPOP's penalty in it, DPOP's own implicit reward; "
+            "golden's is beta log pi/pi_ref for all losses", reward(with_penalty),
+            "turbo-llm/turbo-alignment, turbo_alignment/trainers/dpo.py", definition=True),
     Mistake("reward-without-beta", "the log-ratio itself: the implicit reward is beta times it",
             reward(lambda value, q, side, knobs, name: value / knobs["beta"])),
     Mistake("reward-without-reference", "beta log pi: the implicit reward is relative to the reference",
@@ -237,18 +328,18 @@ BATCH = [
             around(token_segments=segments_from_row_start), "a third-party 2D-DPO"),
     Mistake("2d-boundary-twice", "segments read as closed intervals: the token on a boundary counts in both",
             around(segment_logps=boundary_counted_twice), "the upper limit as printed in arXiv:2410.19720"),
-    Mistake("2d-boundary-off-by-one",
-            "segments that start one token late: the first token of a segment in the one before",
-            around(token_segments=boundary_in_the_segment_before)),
+    Mistake("2d-boundary-off-by-one", "segments that start one token late: the first token of a segment in "
+            "the one before", around(token_segments=boundary_in_the_segment_before)),
     Mistake("2d-end-of-text-outside", "an end-of-text in no segment: it belongs to the last",
-            around(token_segments=lambda ids, segments, mask: torch.where(ids == 0, -1, segments))),
+            around(token_segments=lambda ids, segments, mask: torch.where(without_end_of_text(ids, mask), segments, -1))),
     Mistake("2d-raw-scores", "scores not divided by their aspect's maximum",
-            around(normalised=lambda scores, aspect_max, present: scores)),
+            each_side(lambda scores, aspect_max, present: scores)),
     Mistake("2d-one-maximum", "all scores divided by one maximum: each aspect has its own",
-            around(normalised=lambda scores, aspect_max, present: scores / aspect_max.max())),
-    Mistake("2d-min-max-per-response",
-            "scores stretched to [0, 1] within each response: the maximum is that of the data",
-            around(normalised=min_max)),
+            each_side(lambda scores, aspect_max, present: scores / aspect_max.max())),
+    Mistake("2d-min-max-per-response", "scores stretched to [0, 1] within each response: the maximum is that "
+            "of the data", each_side(min_max)),
+    Mistake("2d-maximum-of-the-batch", "scores divided by the largest of the batch: the maximum is that of "
+            "the data", around(normalised=maximum_of_the_batch)),
 ]
 
 
@@ -258,15 +349,37 @@ BATCH = [
 
 def with_log_softmax(log_softmax):
     """Both functions of losses.py that take a log-softmax, with another one."""
-    @right.at_least_float32
     def token_logps(logits, targets):
         return log_softmax(logits).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-    @right.at_least_float32
     def token_kl(ref_logits, logits):
         log_q, log_s = log_softmax(ref_logits), log_softmax(logits)
-        return (log_q.exp() * (log_q - log_s)).sum(-1)
+        return (log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_s, 0.0)).sum(-1)
     return inside(token_logps=token_logps, token_kl=token_kl)
+
+
+def with_floor(x):
+    """No logit more than 64 below the largest; the gradient does not see it."""
+    finite = torch.where(x > -torch.inf, x, 0.0)
+    floored = torch.maximum(x, x.amax(-1, keepdim=True) - 64)
+    return (sg(floored) + finite - sg(finite)).log_softmax(-1)
+
+
+def kl_of_the_top(z_ref, z):
+    """KL over the 10 tokens that the reference finds likeliest."""
+    log_q, log_s = z_ref.log_softmax(-1), z.log_softmax(-1)
+    log_q, top = log_q.topk(min(10, z.shape[-1]), -1)
+    return (log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_s.gather(-1, top), 0.0)).sum(-1)
+
+
+def zero_times_infinity(z_ref, z):
+    log_q = z_ref.log_softmax(-1)
+    return (log_q.exp() * (log_q - z.log_softmax(-1))).sum(-1)
+
+
+def clipped_kl(z_ref, z):
+    q, p = (torch.where(x.softmax(-1) < 1e-7, 1e-7, x.softmax(-1)) for x in (z_ref, z))
+    return (q * (q / p).log()).sum(-1)
 
 
 LOGPS = [
@@ -275,9 +388,16 @@ LOGPS = [
             f"{TDPO_AUTHORS}, trainers.py, _tdpo_get_batch_logps"),
     Mistake("softmax-overflow", "exp(x) / sum exp(x) without subtracting the maximum",
             with_log_softmax(lambda x: (x.exp() / x.exp().sum(-1, keepdim=True)).log())),
+    Mistake("log-softmax-floor", "a log-softmax with a floor 64 below the largest logit",
+            with_log_softmax(with_floor), "paddle 3.3.1, F.log_softmax on a CPU"),
+    Mistake("kl-zero-times-infinity", "q (log q - log s) where q is 0, which is NaN: such a token adds 0 to "
+            "the KL", inside(token_kl=zero_times_infinity)),
+    Mistake("kl-clipped", "a KL of probabilities clipped to [1e-7, 1]", inside(token_kl=clipped_kl),
+            "keras 3.15.1, losses.KLDivergence"),
+    Mistake("kl-top-10", "a KL over the reference's ten likeliest tokens alone",
+            inside(token_kl=kl_of_the_top)),
     Mistake("base-2-log", "logarithms to the base 2: the unit is the nat",
-            inside(token_logps=lambda z, y: right.token_logps(z, y) / math.log(2),
-                   token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / math.log(2))),
+            inside(token_logps=lambda z, y: right.token_logps(z, y) / math.log(2), token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / math.log(2))),
     Mistake("logits-not-normalised", "the label's logit itself, without log_softmax",
             inside(token_logps=lambda z, y: right.token_logps(z, y) + z.logsumexp(-1))),
     Mistake("probability-for-logp", "probabilities where log-probabilities belong",
@@ -288,7 +408,7 @@ LOGPS = [
     Mistake("kl-mean-over-vocabulary", "a mean over the vocabulary (F.kl_div's default): the KL is a sum",
             inside(token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / z.shape[-1])),
     Mistake("kl-gradient-stopped", "a KL computed without gradient, as if the reference's no_grad covered it",
-            inside(token_kl=lambda z_ref, z: sg(right.token_kl(z_ref, z)) + 0 * z.sum(-1))),
+            inside(token_kl=lambda z_ref, z: sg(right.token_kl(z_ref, z)) + 0 * z[..., 0])),
     Mistake("mean-for-sum", "means over tokens, per sequence and per segment, under a sum's equation",
             inside(segment_sum=mean_of_rows), f"{NOTEBOOK}; TRL's description of logps/chosen"),
 ]
@@ -303,13 +423,15 @@ SEGMENTS = ("dpo2d_vanilla_loss", "dpo2d_loss")
 
 
 def calls(names, change):
-    """The right losses, called with other arguments: change(list of arguments, hyper-parameters)."""
-    def patch(loss):
-        def wrong(*args, **knobs):
-            args, knobs = change(list(args), knobs)
-            return loss(*args, **knobs)
-        return wrong
-    return inside(**{name: patch(getattr(right, name)) for name in names})
+    """The losses that stand there, called with other arguments: change(list of arguments, hyper-parameters)."""
+    def patch(name):
+        def make(loss):
+            def wrong(*args, **knobs):
+                args, knobs = change(list(args), right.knobs_of(getattr(right, name)) | knobs)
+                return loss(*args, **knobs)
+            return wrong
+        return Wrap(make)
+    return inside(**{name: patch(name) for name in names})
 
 
 def beta(change):
@@ -324,16 +446,36 @@ def order(names, *first):
 
 
 def beta_in_front(loss):
-    return lambda *args, **knobs: knobs["beta"] * loss(*args, **knobs | {"beta": 1.0})
+    return Wrap(lambda there: lambda *args, **knobs: (right.knobs_of(loss) | knobs)["beta"] * there(
+        *args, **knobs | {"beta": 1.0}))
 
 
-def policy_detached(args, knobs):
-    return [sg(x) + 0 * x for x in args[:2]] + args[2:], knobs
+def detached(*which):
+    """The policy's log-probabilities, of the chosen response (0), of the rejected one (1), without gradient."""
+    return calls(SEQUENCE + SEGMENTS, lambda args, knobs: (
+        [sg(x) + 0 * x if i in which else x for i, x in enumerate(args)], knobs))
 
 
 def logsigmoid(replacement):
     """Patches losses.py's own view of torch.nn.functional, and nobody else's."""
     return inside(F=SimpleNamespace(**(vars(F) | {"logsigmoid": replacement})))
+
+
+def minus(loss):
+    """The same, from what stands in the place of -log sigma(h)."""
+    return logsigmoid(lambda h: -loss(h))
+
+
+def smoothing(epsilon):
+    return minus(lambda h: (1 - epsilon) * softplus(-h) + epsilon * softplus(h))
+
+
+def margin_ranking(w, l_, ref_w, ref_l, *, beta=0.1):
+    return hinge(1 - (w - l_))
+
+
+def label_logits(z, y):
+    return right.token_logps(z, y) + z.logsumexp(-1)
 
 
 PAIRS = [
@@ -354,19 +496,25 @@ PAIRS = [
             inside(**{name: beta_in_front(getattr(right, name)) for name in SEQUENCE + SEGMENTS})),
     Mistake("beta-divides", "a division by beta", beta(lambda b: 1 / b)),
     Mistake("policy-gradient-stopped", "log-probabilities of the policy that carry no gradient",
-            calls(SEQUENCE + SEGMENTS, policy_detached),
-            "Goekdeniz-Guelmez/mlx-lm-lora until its pull request 25"),
+            detached(0, 1), "Goekdeniz-Guelmez/mlx-lm-lora until its pull request 25; mlxsmith 0.1.9, tdpo"),
+    Mistake("chosen-gradient-stopped", "a log-probability of the chosen response that carries no gradient",
+            detached(0)),
+    Mistake("rejected-gradient-stopped", "a log-probability of the rejected response that carries no "
+            "gradient", detached(1)),
     Mistake("sigmoid-for-log-sigmoid", "-sigma(h): the loss is -log sigma(h)", logsigmoid(torch.sigmoid)),
-    Mistake("minus-missing", "log sigma(h) without its minus sign", logsigmoid(nls)),
-    Mistake("margin-sign",
-            "-log sigma(-h): the whole margin with the other sign",
-            logsigmoid(lambda h: -nls(-h))),
+    Mistake("minus-missing", "log sigma(h) without its minus sign", logsigmoid(lambda h: softplus(-h))),
+    Mistake("margin-sign", "-log sigma(-h): the whole margin with the other sign", minus(softplus)),
     Mistake("label-smoothing", "a loss with label smoothing 0.1, 0.9 L(h) + 0.1 L(-h): the papers have none",
-            logsigmoid(lambda h: -0.9 * nls(h) - 0.1 * nls(-h))),
-    Mistake("log-of-sigmoid", "log(sigmoid(h)), which underflows where logsigmoid does not",
-            logsigmoid(lambda h: torch.sigmoid(h).log())),
-    Mistake("hinge-for-log-sigmoid", "max(0, -h), the log-sigmoid's asymptote",
-            logsigmoid(lambda h: -F.relu(-h))),
+            smoothing(0.1)),
+    Mistake("robust", "robust DPO's loss at 0.1, (0.9 L(h) - 0.1 L(-h)) / 0.8: the papers have L(h)",
+            minus(lambda h: (0.9 * softplus(-h) - 0.1 * softplus(h)) / 0.8)),
+    Mistake("log-of-sigmoid", "log(sigmoid(h)) or log(1 + exp(-h)), which lose what logsigmoid and softplus "
+            "do not", logsigmoid(lambda h: torch.sigmoid(h).log()), "mlxsmith 0.1.9"),
+    Mistake("hinge-for-log-sigmoid", "max(0, -h), the log-sigmoid's asymptote", minus(lambda h: hinge(-h))),
+    Mistake("hinge-loss", "the hinge loss max(0, 1 - h): the loss is -log sigma(h)",
+            minus(lambda h: hinge(1 - h)), "loss type hinge of TRL, xtuner, Liger-Kernel"),
+    Mistake("margin-ranking", "a margin ranking loss, max(0, 1 - (z_w - z_l)), on the labels' logits",
+            inside(token_logps=label_logits, dpo_loss=margin_ranking), "nanodpo 0.1.post1"),
 ]
 
 
@@ -376,9 +524,9 @@ PAIRS = [
 
 
 def dpop(loss):
-    def wrong(w, l_, ref_w, ref_l, *, beta, lam):
+    def wrong(w, l_, ref_w, ref_l, *, beta=0.3, lam=50.0):
         c_w, c_l = w - ref_w, l_ - ref_l
-        return loss(SimpleNamespace(c_w=c_w, c_l=c_l, h=beta * (c_w - c_l), hinge=F.relu(-c_w), lam=lam,
+        return loss(SimpleNamespace(c_w=c_w, c_l=c_l, h=beta * (c_w - c_l), hinge=hinge(-c_w), lam=lam,
                                     beta=beta, bl=beta * lam, win=w - l_))
     return inside(dpop_loss=wrong)
 
@@ -389,43 +537,42 @@ DPOP = [
     Mistake("dpop-hinge-outside-log-sigmoid", "the hinge added outside the log-sigmoid (Eq. 3 has it inside)",
             dpop(lambda p: nls(p.h) + p.lam * p.hinge),
             f"a Paddle dpo_criterion.py, early version; {MLX}; abacusai/smaug, issue 2"),
-    Mistake("dpop-hinge-outside-times-50",
-            "50 times the hinge added outside the log-sigmoid, whatever lam is (Eq. 3 has lam inside)",
-            dpop(lambda p: nls(p.h) + 50 * p.hinge), "MLX trainers that have delta = 50 as a constant"),
-    Mistake("dpop-hinge-outside-with-beta",
-            "beta times the hinge added outside the log-sigmoid (Eq. 3 has it inside)",
-            dpop(lambda p: nls(p.h) + p.bl * p.hinge)),
-    Mistake("dpop-hinge-subtracted-outside",
-            "the hinge subtracted from the loss, outside the log-sigmoid: it rewards losing chosen "
-            "probability",
-            dpop(lambda p: nls(p.h) - p.lam * p.hinge),
+    Mistake("dpop-hinge-outside-times-50", "50 times the hinge added outside the log-sigmoid, whatever lam "
+            "is (Eq. 3 has lam inside)", dpop(lambda p: nls(p.h) + 50 * p.hinge),
+            "MLX trainers that have delta = 50 as a constant"),
+    Mistake("dpop-hinge-outside-with-beta", "beta times the hinge added outside the log-sigmoid (Eq. 3 has "
+            "it inside)", dpop(lambda p: nls(p.h) + p.bl * p.hinge)),
+    Mistake("dpop-hinge-subtracted-outside", "the hinge subtracted from the loss, outside the log-sigmoid: "
+            "it rewards losing chosen probability", dpop(lambda p: nls(p.h) - p.lam * p.hinge),
             "hiyouga/LLaMA-Factory, issue 2587; a LLaMA2-Accessory fork, class DPOModel"),
-    Mistake("dpop-ratio-hinge-outside",
-            "lam max(0, 1 - pi/pi_ref) added outside the log-sigmoid: the hinge is on the log-ratio, inside",
-            dpop(lambda p: nls(p.h) + p.lam * F.relu(1 - p.c_w.exp()))),
+    Mistake("dpop-ratio-hinge-outside", "lam max(0, 1 - pi/pi_ref) added outside the log-sigmoid: the hinge "
+            "is on the log-ratio, inside", dpop(lambda p: nls(p.h) + p.lam * hinge(1 - p.c_w.exp()))),
     Mistake("dpop-hinge-sign", "the hinge with the wrong sign: it rewards losing chosen probability",
             dpop(lambda p: nls(p.h + p.bl * p.hinge))),
-    Mistake("dpop-hinge-on-gain",
-            "the hinge max(0, log pi/pi_ref), turned round: it punishes gaining chosen probability",
-            dpop(lambda p: nls(p.h - p.bl * F.relu(p.c_w)))),
+    Mistake("dpop-hinge-on-gain", "the hinge max(0, log pi/pi_ref), turned round: it punishes gaining chosen "
+            "probability", dpop(lambda p: nls(p.h - p.bl * hinge(p.c_w)))),
     Mistake("dpop-hinge-on-rejected", "the hinge on the rejected response (Eq. 3 has it on the chosen one)",
-            dpop(lambda p: nls(p.h - p.bl * F.relu(-p.c_l)))),
-    Mistake("dpop-hinge-on-the-pair",
-            "the hinge max(0, log pi(y_l) - log pi(y_w)): Eq. 3 compares the policy with the reference",
-            dpop(lambda p: nls(p.h - p.bl * F.relu(-p.win))),
+            dpop(lambda p: nls(p.h - p.bl * hinge(-p.c_l)))),
+    Mistake("dpop-hinge-on-the-pair", "the hinge max(0, log pi(y_l) - log pi(y_w)): Eq. 3 compares the "
+            "policy with the reference", dpop(lambda p: nls(p.h - p.bl * hinge(-p.win))),
             "a LLaMA-Factory fork with a loss for puns, dpop_loss"),
-    Mistake("dpop-hinge-on-the-pair-outside",
-            "lam max(0, log pi(y_l) - log pi(y_w)) added outside the log-sigmoid",
-            dpop(lambda p: nls(p.h) + p.lam * F.relu(-p.win))),
+    Mistake("dpop-hinge-on-the-pair-outside", "lam max(0, log pi(y_l) - log pi(y_w)) added outside the "
+            "log-sigmoid", dpop(lambda p: nls(p.h) + p.lam * hinge(-p.win))),
     Mistake("dpop-hinge-missing", "DPO: lam is not read", dpop(lambda p: nls(p.h))),
     Mistake("dpop-no-hinge", "lam log pi_ref/pi without max(0, .): it acts above the reference too",
             dpop(lambda p: nls(p.h + p.bl * p.c_w))),
-    Mistake("dpop-clamp-at-zero",
-            "clamp(min=0), whose derivative at 0 is 1: the first step is then not DPO's (relu takes 0)",
-            dpop(lambda p: nls(p.h - p.bl * (-p.c_w).clamp(min=0))), "Cerebras/modelzoo, losses/DPOLoss.py"),
-    Mistake("dpop-maximum-at-zero",
-            "maximum(0, x), whose derivative at 0 is 1/2: the first step is then not DPO's (relu takes 0)",
-            dpop(lambda p: nls(p.h - p.bl * torch.maximum(-p.c_w, torch.zeros_like(p.c_w))))),
+    Mistake("dpop-slope-1-at-zero", "a hinge whose slope at 0 is 1: the first step is then not DPO's (with 0 "
+            "it is)", dpop(lambda p: nls(p.h - p.bl * torch.where(p.c_w <= 0, -p.c_w, 0.0))),
+            "Cerebras/modelzoo, losses/DPOLoss.py; paddleformers 1.2.0"),
+    Mistake("dpop-slope-half-at-zero", "a hinge whose slope at 0 is 1/2: the first step is then not DPO's "
+            "(with slope 0 it is)",
+            dpop(lambda p: nls(p.h - p.bl * torch.where(p.c_w == 0, -p.c_w / 2, p.hinge)))),
+    Mistake("dpop-softplus-for-hinge", "log(1 + exp(x)) in the place of max(0, x): it acts above the "
+            "reference too", dpop(lambda p: nls(p.h - p.bl * softplus(-p.c_w)))),
+    Mistake("dpop-lam-50", "lam 50, the paper's, whatever lam is given",
+            dpop(lambda p: nls(p.h - 50 * p.beta * p.hinge))),
+    Mistake("dpop-hinge-on-both", "a hinge on each response (Eq. 3 has one, on the chosen response)",
+            dpop(lambda p: nls(p.h - p.bl * (p.hinge + hinge(-p.c_l))))),
     Mistake("dpop-hinge-detached", "a hinge that carries no gradient",
             dpop(lambda p: nls(p.h - p.bl * sg(p.hinge)))),
 ]
@@ -436,14 +583,14 @@ DPOP = [
 
 
 def tdpo1(margin):
-    def wrong(w, l_, ref_w, ref_l, seq_kl_w, seq_kl_l, *, beta):
+    def wrong(w, l_, ref_w, ref_l, seq_kl_w, seq_kl_l, *, beta=0.1):
         u, a = beta * (w - ref_w) - beta * (l_ - ref_l), pipeline.HYPER["tdpo2"]["alpha"]
         return nls(margin(u, beta * seq_kl_w, beta * seq_kl_l, a, beta))
     return inside(tdpo1_loss=wrong)
 
 
 def tdpo2(margin):
-    def wrong(w, l_, ref_w, ref_l, seq_kl_w, seq_kl_l, *, beta, alpha):
+    def wrong(w, l_, ref_w, ref_l, seq_kl_w, seq_kl_l, *, beta=0.1, alpha=0.5):
         u = beta * (w - ref_w) - beta * (l_ - ref_l)
         return nls(margin(u, beta * seq_kl_w, beta * seq_kl_l, alpha, beta))
     return inside(tdpo2_loss=wrong)
@@ -460,6 +607,10 @@ TDPO = [
             delta(lambda k_w, k_l, b: k_w - k_l)),
     Mistake("tdpo-kl-added", "the sum of the two KLs: delta is their difference, K_l - K_w",
             delta(lambda k_w, k_l, b: k_w + k_l)),
+    Mistake("tdpo-delta-absolute", "|delta| in the place of delta",
+            delta(lambda k_w, k_l, b: (k_l - k_w) * sg(k_l - k_w).sign())),
+    Mistake("tdpo-delta-clipped", "max(0, delta) in the place of delta",
+            delta(lambda k_w, k_l, b: hinge(k_l - k_w))),
     Mistake("tdpo-kl-without-beta", "a delta without beta: beta multiplies the KLs too",
             delta(lambda k_w, k_l, b: (k_l - k_w) / b)),
     Mistake("tdpo-kl-missing", "DPO: the KLs are not read", delta(lambda k_w, k_l, b: 0 * (k_l + k_w))),
@@ -470,16 +621,14 @@ TDPO = [
             tdpo1(lambda u, k_w, k_l, a, b: u - a * (k_l - sg(k_w)))),
     Mistake("tdpo1-with-alpha", "alpha (0.5) times delta: TDPO1 has no alpha",
             tdpo1(lambda u, k_w, k_l, a, b: u - a * (k_l - k_w))),
-    Mistake("tdpo1-stop-gradient-on-chosen",
-            "a stop-gradient on the chosen KL: that is TDPO2's, TDPO1 has none",
-            tdpo1(lambda u, k_w, k_l, a, b: u - (k_l - sg(k_w)))),
+    Mistake("tdpo1-stop-gradient-on-chosen", "a stop-gradient on the chosen KL: that is TDPO2's, TDPO1 has "
+            "none", tdpo1(lambda u, k_w, k_l, a, b: u - (k_l - sg(k_w)))),
     Mistake("tdpo1-stop-gradient-on-both", "a stop-gradient on both KLs: TDPO1 has none",
             tdpo1(lambda u, k_w, k_l, a, b: u - sg(k_l - k_w) + 0 * (k_l + k_w))),
     Mistake("tdpo2-stop-gradient-missing", "TDPO2 without its stop-gradient on the chosen KL",
             tdpo2(lambda u, k_w, k_l, a, b: u - a * (k_l - k_w))),
-    Mistake("tdpo2-stop-gradient-wrong-side",
-            "the stop-gradient on the rejected KL: it belongs to the chosen one",
-            tdpo2(lambda u, k_w, k_l, a, b: u - a * (sg(k_l) - k_w))),
+    Mistake("tdpo2-stop-gradient-wrong-side", "the stop-gradient on the rejected KL: it belongs to the "
+            "chosen one", tdpo2(lambda u, k_w, k_l, a, b: u - a * (sg(k_l) - k_w))),
     Mistake("tdpo2-stop-gradient-on-both", "the stop-gradient on both KLs: it belongs to the chosen one only",
             tdpo2(lambda u, k_w, k_l, a, b: u - a * sg(k_l - k_w) + 0 * k_l)),
     Mistake("tdpo2-alpha-on-rejected-only", "alpha on the rejected KL only: it multiplies both",
@@ -528,7 +677,7 @@ def pair_sum(h, paired):
 
 def group(margin=lambda a, b: a - b, combine=pair_sum, weights=lambda r_w, r_l: (r_w, r_l)):
     """Eq. 6 with another margin of a pair, another way to combine pairs, or other weights once selected."""
-    def loss(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta):
+    def loss(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta=0.1):
         i_w, i_l, paired = losses.select_segments(r_w, r_l, m_w, m_l)
         r_w, r_l = weights(r_w, r_l)
         a = torch.where(paired, ((w - ref_w) * r_w).gather(-1, i_w), 0.0)  # (B, K)
@@ -537,10 +686,16 @@ def group(margin=lambda a, b: a - b, combine=pair_sum, weights=lambda r_w, r_l: 
     return inside(dpo2d_loss=loss)
 
 
-def selection(key_w=lambda r: -r, key_l=lambda r: r, reverse_ties=False, digits=5):
-    """select_segments by other sort keys, with ties in the reverse order, or rounded to other digits."""
+def rank(r):
+    """The rewards (B, S) as numbers 0, 1, ... of their groups: sorted, a gap above 1e-5 begins a new one."""
+    value, index = r.sort(dim=-1)
+    return torch.zeros_like(index).scatter(-1, index, F.pad((value.diff(dim=-1) > 1e-5).cumsum(-1), (1, 0)))
+
+
+def selection(key_w=lambda r: -rank(r), key_l=rank, reverse_ties=False):
+    """select_segments by other sort keys, or with ties in the reverse order."""
     def ranked(key, mask):
-        key = torch.where(mask, key if digits is None else key.round(decimals=digits), torch.inf)
+        key = torch.where(mask, key.double(), torch.inf)
         if reverse_ties:
             return key.shape[1] - 1 - key.flip(1).argsort(dim=-1, stable=True)
         return key.argsort(dim=-1, stable=True)
@@ -566,7 +721,12 @@ def worst_last(i_w, i_l, paired):
     return i_w, i_l.gather(-1, torch.where(paired, paired.sum(-1, keepdim=True) - 1 - k, k)), paired
 
 
-def leftovers_alone(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta):
+def in_text_order(i_w, i_l, paired):
+    i_w, i_l = (torch.where(paired, i, i.shape[1] + 99).sort(-1).values for i in (i_w, i_l))
+    return torch.where(paired, i_w, 0), torch.where(paired, i_l, 0), paired
+
+
+def leftovers_alone(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta=0.1):
     """The segments that were not selected enter after all, each against nothing."""
     loss = right.dpo2d_loss(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, beta=beta)
     i_w, i_l, paired = right.select_segments(r_w, r_l, m_w, m_l)
@@ -576,7 +736,7 @@ def leftovers_alone(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta):
     return loss
 
 
-def all_pairs(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta):
+def all_pairs(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta=0.1):
     a, b = r_w * (w - ref_w), r_l * (l_ - ref_l)
     both = m_w[:, :, None] & m_l[:, None, :]                     # (B, S_w, S_l)
     h = beta * torch.where(both, a[:, :, None] - b[:, None, :], 0.0)
@@ -592,6 +752,8 @@ TWO_D = [
             weigh(lambda scores, W: scores.sum(-1))),
     Mistake("2d-weights-reversed", "W in the reverse order of the aspects",
             weigh(lambda scores, W: (scores * W.flip(0)).sum(-1))),
+    Mistake("2d-rewards-rounded", "rewards rounded to three decimals",
+            weigh(lambda scores, W: right.segment_rewards(scores, W).round(decimals=3))),
     Mistake("2d-rewards-missing", "rewards that are not read (r = 1), selection included",
             each(lambda r, m: torch.ones_like(r))),
     Mistake("2d-rewards-swapped", "each response weighted with the other one's rewards", rewards(swapped)),
@@ -600,57 +762,74 @@ TWO_D = [
     Mistake("2d-rewards-from-minus-1", "rewards stretched to [-1, 1] (2r - 1): they stay in [0, 1]",
             each(lambda r, m: 2 * r - 1)),
     Mistake("2d-one-minus-r", "1 - r as the weight of rejected segments: both sides have r",
-            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_vanilla_loss",))
-            | group(weights=lambda r_w, r_l: (r_w, 1 - r_l))),
-    Mistake("2d-one-minus-r-selected",
-            "1 - r as the reward of rejected segments, so that the best are selected",
-            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_loss",))),
-    Mistake("2d-vanilla-reward-sign",
-            "r_l log pi/pi_ref added inside the log-sigmoid: the equation subtracts it",
-            rewards(lambda r_w, r_l, m_w, m_l: (r_w, -r_l), ("dpo2d_vanilla_loss",))),
+            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_vanilla_loss",)) | group(weights=lambda r_w, r_l: (r_w, 1 - r_l))),
+    Mistake("2d-one-minus-r-selected", "1 - r as the reward of rejected segments, so that the best are "
+            "selected", rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_loss",))),
+    Mistake("2d-vanilla-reward-sign", "r_l log pi/pi_ref added inside the log-sigmoid: the equation "
+            "subtracts it", rewards(lambda r_w, r_l, m_w, m_l: (r_w, -r_l), ("dpo2d_vanilla_loss",))),
     Mistake("2d-reward-sign", "r_l log pi/pi_ref added inside the log-sigmoid: Eq. 6 subtracts it",
             group(margin=lambda a, b: a + b)),
     Mistake("2d-vanilla-reward-on-policy-only", "rewards on log pi alone: they weigh log pi/pi_ref",
             calls(("dpo2d_vanilla_loss",), reward_on_policy_only)),
     Mistake("2d-vanilla-mean", "a mean over the segments: the equation sums them",
             each(lambda r, m: r / m.sum(-1, keepdim=True), ("dpo2d_vanilla_loss",))),
-    Mistake("2d-vanilla-is-group",
-            "Eq. 6, one log-sigmoid for each pair of segments, where the vanilla form has one for all",
-            inside(dpo2d_vanilla_loss=right.dpo2d_loss)),
+    Mistake("2d-vanilla-is-group", "Eq. 6, one log-sigmoid for each pair of segments, where the vanilla form "
+            "has one for all", inside(dpo2d_vanilla_loss=right.dpo2d_loss)),
     Mistake("2d-group-is-vanilla", "the vanilla form, one log-sigmoid for all segments",
             inside(dpo2d_loss=right.dpo2d_vanilla_loss)),
-    Mistake("2d-one-log-sigmoid",
-            "the selected segments summed inside one log-sigmoid: Eq. 6 has one for each pair",
-            group(combine=lambda h, paired: nls(h.sum(-1)))),
+    Mistake("2d-one-log-sigmoid", "the selected segments summed inside one log-sigmoid: Eq. 6 has one for "
+            "each pair", group(combine=lambda h, paired: nls(h.sum(-1)))),
     Mistake("2d-one-over-n", "a mean over the N pairs of segments: Eq. 6 sums, without 1/N",
             group(combine=lambda h, paired: pair_sum(h, paired) / paired.sum(-1))),
     Mistake("2d-all-pairs", "every chosen segment against every rejected one: Eq. 6 has N pairs",
             inside(dpo2d_loss=all_pairs)),
     Mistake("2d-top-n-rejected", "the highest-scored rejected segments: Eq. 6 takes the lowest",
-            selection(key_l=lambda r: -r)),
+            selection(key_l=lambda r: -rank(r))),
     Mistake("2d-bottom-n-chosen", "the lowest-scored chosen segments: Eq. 6 takes the highest",
-            selection(key_w=lambda r: r)),
+            selection(key_w=rank)),
     Mistake("2d-text-order", "segments paired in the order of the text, without selection",
             selection(torch.zeros_like, torch.zeros_like)),
-    Mistake("2d-ties-reversed",
-            "equal rewards in the reverse order of the text",
+    Mistake("2d-ties-reversed", "equal rewards in the reverse order of the text",
             selection(reverse_ties=True)),
-    Mistake("2d-unrounded-ties",
-            "a sort of rewards that were not rounded: equal ones differ in the last bit and leave the order "
-            "of the text",
-            selection(digits=None), "nachiketapatil/Robust-2D-DPO, 2ddpo.py, preference_loss"),
-    Mistake("2d-worst-last",
-            "the best chosen segment against the least bad of the N selected: it meets the worst",
-            selected(worst_last)),
+    Mistake("2d-unrounded-ties", "a sort of rewards that were not rounded: equal ones differ in the last bit "
+            "and leave the order of the text", selection(lambda r: -r, lambda r: r),
+            "nachiketapatil/Robust-2D-DPO, 2ddpo.py, preference_loss"),
+    Mistake("2d-ties-on-a-grid", "a sort of rewards rounded to 1e-5: equal ones on both sides of a rounding "
+            "boundary leave the order", selection(lambda r: -(r * 1e5).round(), lambda r: (r * 1e5).round()),
+            "termwise until November 2026"),
+    Mistake("2d-selected-in-text-order", "the selected segments paired in the order of the text: the best "
+            "meets the worst, and so on", selected(in_text_order)),
+    Mistake("2d-worst-last", "the best chosen segment against the least bad of the N selected: it meets the "
+            "worst", selected(worst_last)),
     Mistake("2d-padding-segments", "absent segments counted as pairs: N is the padded number",
             selected(lambda i_w, i_l, paired: (i_w, i_l, torch.ones_like(paired)))),
-    Mistake("2d-n-of-batch",
-            "one N for the batch: it is min(S_w, S_l) of each pair",
+    Mistake("2d-n-of-batch", "one N for the batch: it is min(S_w, S_l) of each pair",
             selected(n_of_the_batch)),
-    Mistake("2d-unselected-leak",
-            "segments that were not selected entering the loss alone: they have no part in it",
-            inside(dpo2d_loss=leftovers_alone)),
+    Mistake("2d-unselected-leak", "segments that were not selected entering the loss alone: they have no "
+            "part in it", inside(dpo2d_loss=leftovers_alone)),
 ]
 
 MISTAKES = [*BATCH, *LOGPS, *PAIRS, *DPOP, *TDPO, *TWO_D]
 BY_NAME = {mistake.name: mistake for mistake in MISTAKES}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Constants: a right loss with another number in it. check.py reads the number off a port's results.
+
+
+def knob(name, loss):
+    """One hyper-parameter of one loss with another value."""
+    function = losses.LOSSES[loss].__name__
+    return lambda x: calls((function,), lambda args, knobs: (args, knobs | {name: x}))
+
+
+def constants(loss):
+    """What may be off in one loss: (words with room for the number, golden's number, number -> patches)."""
+    found = [(f"{name} {{}}, where the golden value is {value:g}", value, knob(name, loss))
+             for name, value in pipeline.HYPER[loss].items()]
+    if loss != "sft":
+        found.append(("label smoothing {}: the papers have none", 0.0, smoothing))
+    if loss in ("dpo", "dpop", "tdpo1", "tdpo2"):
+        found.append(("{} times -log pi(y_w|x), an SFT term: the papers have none", 0.0,
+                      lambda x: sequence_loss(lambda call, q: call(q) - x * q["chosen_logps"])))
+    return found

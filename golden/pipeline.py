@@ -1,9 +1,9 @@
 """From the token ids and logits of one regime to every golden result, each equation by losses.py.
 
 A regime is a handful of pairs in the layout that ports use: one row for prompt + chosen, one for prompt +
-rejected, padded on the right. B pairs, T columns, V vocabulary, S segments, A aspects, N scored tokens.
-Every stage is a function that is called by its name in this module, so that golden/mistakes.py can put a
-wrong one in its place, here or in losses.py, and run the same regime again.
+rejected, padded. B pairs, T columns, V vocabulary, S segments, A aspects, N scored tokens. Every stage is a
+function that is called by its name in this module, so that golden/mistakes.py can put a wrong one in its
+place, here or in losses.py, and run the same regime again.
 """
 
 import sys
@@ -77,8 +77,8 @@ def segment_logps(token_logps, segments, num):
 
 
 def normalised(scores, aspect_max, present):
-    """Each aspect divided by its maximum, to [0, 1]. (B, S, A), (A,), (B, S) bool -> (B, S, A)."""
-    return scores / aspect_max
+    """Each aspect divided by its maximum, to [0, 1]. Dicts by side of (B, S, A) and of (B, S), bool; (A,)."""
+    return {side: x / aspect_max for side, x in scores.items()}
 
 
 def implicit_reward(name, q, side):
@@ -97,6 +97,11 @@ def objective(loss):
     return loss.sum()
 
 
+def reference_after_the_step(policy, reference):
+    """The reference's parameters after the policy's step: as they were. Both are dicts by name."""
+    return reference
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The whole way
 
@@ -108,32 +113,52 @@ def source(name, term):
     return term
 
 
-def model_of(inputs, which, dtype):
-    """The GPT whose parameters are among the inputs, "policy" or "reference"."""
-    start = f"{which}/"
-    weights = {name.removeprefix(start): x.to(dtype) for name, x in inputs.items() if name.startswith(start)}
+def unrolled(inputs):
+    """The inputs with every row as often one after the other as `repeat` says, where a regime has it."""
+    if "repeat" not in inputs:
+        return inputs
+    times = inputs["repeat"].item()
+    rows = {name.removeprefix("period/"): x.repeat(1, times, *[1] * (x.dim() - 2))
+            for name, x in inputs.items() if name.startswith("period/")}
+    return inputs | rows                                         # (B, T, ...) -> (B, times T, ...)
+
+
+def model_of(weights):
+    """The GPT with these parameters, by name."""
     layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
     (vocab_size, n_embd), block_size = weights["wte.weight"].shape, len(weights["wpe.weight"])
-    with torch.device("meta"):                                   # draws no random numbers
+    with torch.random.fork_rng(devices=[]):                      # the random numbers of its start are not used
         gpt = GPT(GPTConfig(vocab_size, block_size, len(layers), N_HEAD, n_embd))
     gpt.load_state_dict(weights, assign=True)
     return gpt
 
 
-def all_logits(inputs, dtype):
-    """The logits of a regime, by name, and the parameters behind them: given, or computed by two GPTs."""
-    if "chosen_logits" in inputs:
-        given = {f"{ref}{side}_logits": inputs[f"{ref}{side}_logits"].to(dtype)
-                 for side in SIDES for ref in ("", "ref_")}
-        return given | {f"{side}_logits": given[f"{side}_logits"].requires_grad_() for side in SIDES}, {}
-    logits = {}
-    for ref, which in (("", "policy"), ("ref_", "reference")):
-        gpt = model_of(inputs, which, dtype).requires_grad_(which == "policy")
+def parameters_of(inputs, which, dtype):
+    """The parameters of "policy" or "reference" among the inputs, by name; "model/" is both."""
+    starts = (f"{which}/", "model/")
+    return {name.split("/", 1)[1]: x.to(dtype) for name, x in inputs.items() if name.startswith(starts)}
+
+
+def logits_of_models(inputs, policy, reference):
+    """The logits that two GPTs give, by name, and the policy's parameters, by name."""
+    logits, parameters = {}, {}
+    for ref, weights in (("", policy), ("ref_", reference)):
+        gpt = model_of(weights).requires_grad_(not ref)
         for side in SIDES:
             logits[f"{ref}{side}_logits"] = gpt.logits(gpt(inputs[f"{side}_ids"]))
-        if which == "policy":
+        if not ref:
             parameters = dict(gpt.named_parameters())
     return logits, parameters
+
+
+def all_logits(inputs, dtype):
+    """The logits of a regime, by name, and the parameters behind them: given, or computed by two GPTs."""
+    if "chosen_logits" not in inputs:
+        return logits_of_models(inputs, *(parameters_of(inputs, which, dtype)
+                                          for which in ("policy", "reference")))
+    given = {f"{ref}{side}_logits": inputs[f"{ref}{side}_logits"].to(dtype)
+             for side in SIDES for ref in ("", "ref_")}
+    return given | {f"{side}_logits": given[f"{side}_logits"].requires_grad_() for side in SIDES}, {}
 
 
 def quantities(inputs, logits, dtype):
@@ -143,16 +168,18 @@ def quantities(inputs, logits, dtype):
     dtype to compute in. Returns a dict by name.
     """
     q = {}
+    present = {side: (inputs[f"{side}_segments"].unsqueeze(-1) == torch.arange(inputs[f"{side}_scores"].shape[1]))
+               .any(1) for side in SIDES}                        # (B, S)
     for side in SIDES:
         ids, mask = inputs[f"{side}_ids"], inputs[f"{side}_response_mask"]  # (B, T)
-        scores = inputs[f"{side}_scores"].to(dtype)              # (B, S, A)
         B, T = ids.shape
-        S = scores.shape[1]
+        S = present[side].shape[1]
         z, z_ref = (predicting_logits(logits[f"{ref}{side}_logits"]) for ref in ("", "ref_"))  # (B, T, V)
 
         def grid(values, where, B=B, T=T):                       # (N,) -> (B, T), 0 elsewhere
             return values.new_zeros(B, T).index_put(where, values)
 
+        q[f"{side}_mask"] = mask
         where = scored_tokens(ids, mask).nonzero(as_tuple=True)  # rows and columns, (N,) each
         segments = token_segments(ids, inputs[f"{side}_segments"], mask)
         for ref, x in (("", z), ("ref_", z_ref)):
@@ -164,22 +191,16 @@ def quantities(inputs, logits, dtype):
         kl = position_kl(z_ref, z, ids, at)                      # (N,)
         q[f"{side}_token_kl"] = grid(kl, at)                     # (B, T)
         q[f"{side}_seq_kl"] = sequence_kl(kl, at[0], B)          # (B,)
-        present = (inputs[f"{side}_segments"].unsqueeze(-1) == torch.arange(S)).any(1)  # (B, S)
-        q[f"{side}_segment_mask"] = present
-        q[f"{side}_rewards"] = losses.segment_rewards(
-            normalised(scores, inputs["aspect_max"].to(dtype), present), inputs["aspect_weights"].to(dtype))
+        q[f"{side}_segment_mask"] = present[side]
+    scores = normalised({side: inputs[f"{side}_scores"].to(dtype) for side in SIDES},
+                        inputs["aspect_max"].to(dtype), present)
+    for side in SIDES:
+        q[f"{side}_rewards"] = losses.segment_rewards(scores[side], inputs["aspect_weights"].to(dtype))
     return q
 
 
-def results(inputs, dtype, gradients=True):
-    """Every golden result of one regime.
-
-    Args: inputs, as in `quantities`; dtype, torch.float64 or torch.float32; gradients=False leaves out those
-    in the logits and in a model's parameters (the slow half).
-    Returns a dict, name -> tensor: "chosen_logps", ..., "dpo/loss" (B,), "dpo/grad_chosen_logps", ...
-    """
-    logits, parameters = all_logits(inputs, dtype)
-    q = quantities(inputs, logits, dtype)
+def results_below(q):
+    """The results that belong to no loss: sums, KLs, rewards, the selection."""
     out = {f"{ref}{side}_{what}": q[f"{ref}{side}_{what}"] for side in SIDES for ref in ("", "ref_")
            for what in ("token_logps", "logps", "segment_logps")}
     out |= {f"{side}_{what}": q[f"{side}_{what}"] for side in SIDES
@@ -188,19 +209,61 @@ def results(inputs, dtype, gradients=True):
                                               q["chosen_segment_mask"], q["rejected_segment_mask"])
     out["chosen_selected"] = torch.where(paired, i_w, -1)        # (B, K)
     out["rejected_selected"] = torch.where(paired, i_l, -1)      # (B, K)
-    for name, terms in TERMS.items():
-        loss = loss_value(name, q)
-        out[f"{name}/loss"] = loss
-        leaves = {f"{name}/grad_{term}": q[source(name, term)] for term in terms
-                  if term.endswith(("logps", "kl")) and not term.startswith("ref_")}
-        if gradients and parameters:
-            leaves |= {f"{name}/grad/{parameter}": p for parameter, p in parameters.items()}
-        elif gradients:
-            leaves |= {f"{name}/grad_{side}_logits": logits[f"{side}_logits"] for side in SIDES
-                       if f"{side}_logps" in terms}
-        found = torch.autograd.grad(objective(loss), list(leaves.values()), retain_graph=True,
-                                    materialize_grads=True)
-        out |= dict(zip(leaves, found, strict=True))
-        if "ref_chosen_logps" in terms and "chosen_rewards" not in terms:
-            out |= {f"{name}/{side}_reward": implicit_reward(name, q, side) for side in SIDES}
     return {name: value.detach() for name, value in out.items()}
+
+
+def results_of(name, q, logits, parameters, gradients=True):
+    """The results of one loss: its value, its rewards, its gradients.
+
+    gradients=False leaves out those in the logits and in a model's parameters (the slow half).
+    """
+    terms, loss = TERMS[name], loss_value(name, q)
+    out = {f"{name}/loss": loss}
+    leaves = {f"{name}/grad_{term}": q[source(name, term)] for term in terms
+              if term.endswith(("logps", "kl")) and not term.startswith("ref_")}
+    if gradients and parameters:
+        leaves |= {f"{name}/grad/{parameter}": p for parameter, p in parameters.items()}
+    elif gradients:
+        leaves |= {f"{name}/grad_{side}_logits": logits[f"{side}_logits"] for side in SIDES
+                   if f"{side}_logps" in terms}
+    out |= dict(zip(leaves, torch.autograd.grad(objective(loss), list(leaves.values()), retain_graph=True,
+                                                materialize_grads=True), strict=True))
+    return {name: value.detach() for name, value in (out | rewards_of(name, q)).items()}
+
+
+def rewards_of(name, q):
+    """What a log calls the rewards of a loss, by name: of the four losses without segments."""
+    if "ref_chosen_logps" not in TERMS[name] or "chosen_rewards" in TERMS[name]:
+        return {}
+    return {f"{name}/{side}_reward": implicit_reward(name, q, side) for side in SIDES}
+
+
+def results_after_a_step(name, inputs, dtype):
+    """One loss and its rewards after one step of gradient descent on it, w - rate dL/dw, from the reference."""
+    policy, reference = (parameters_of(inputs, which, dtype) for which in ("policy", "reference"))
+    logits, parameters = logits_of_models(inputs, policy, reference)
+    loss = objective(loss_value(name, quantities(inputs, logits, dtype)))
+    steps = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    policy = {parameter: (p - inputs["rate"].to(dtype) * step).detach()
+              for (parameter, p), step in zip(parameters.items(), steps, strict=True)}
+    logits, _ = logits_of_models(inputs, policy, reference_after_the_step(policy, reference))
+    q = quantities(inputs, logits, dtype)
+    return {name: value.detach() for name, value in
+            ({f"{name}/loss": loss_value(name, q)} | rewards_of(name, q)).items()}
+
+
+def results(inputs, dtype, gradients=True):
+    """Every golden result of one regime.
+
+    Args: inputs, as in `quantities`; dtype, torch.float64 or torch.float32; gradients as in `results_of`.
+    Returns a dict, name -> tensor: "chosen_logps", ..., "dpo/loss" (B,), "dpo/grad_chosen_logps", ...
+    """
+    inputs = unrolled(inputs)
+    if "rate" in inputs:
+        return {k: x for name in TERMS for k, x in results_after_a_step(name, inputs, dtype).items()}
+    logits, parameters = all_logits(inputs, dtype)
+    q = quantities(inputs, logits, dtype)
+    out = results_below(q)
+    for name in TERMS:
+        out |= results_of(name, q, logits, parameters, gradients)
+    return out

@@ -40,8 +40,6 @@ def read_json_data(path):
 
 
 # ---- What a run writes ----
-
-
 @contextmanager
 def writing(path):
     """A full disk or a read-only folder is a RunError, whoever finds it."""

@@ -11,6 +11,7 @@ import torch
 
 import data
 from losses import LOSSES, SELECTING, TERMS, knobs_of, terms_of
+from model import GPTConfig
 from plumbing import machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, DataError, ModelError
 from plumbing.folder import check_free, is_free, read_run
@@ -28,8 +29,6 @@ def is_pairwise(loss):
 
 
 # ---- argv -> what was typed -> Config ----
-
-
 def parse(Config, argv):
     """argv -> {name: value} of the flags that were typed. Flags are Config's fields, with their types,
     choices and help, and the hyper-parameters of the losses."""
@@ -90,8 +89,6 @@ def configure(Config, typed):
 
 
 # ---- Checks ----
-
-
 def check(cfg, typed):
     """Refuse values out of range, a loss that asks for an unknown term, and typed flags that it does not
     read."""
@@ -161,12 +158,10 @@ def check_tokens(flag, name, sizes, tokenizer):
         raise ConfigError(f"--{flag} {name}: has {sizes.vocab_size} token ids, the tokenizer "
                           f"{tokenizer.vocab_size}; choose the tokenizer that it was trained with")
     if has_own and data.Tokenizer(name).hash != tokenizer.hash:
-        raise ConfigError(f"--{flag} {name}: has another tokenizer, which reads other ids")
+        raise ConfigError(f"--{flag} {name}: has another tokenizer, of other ids; choose one with this")
 
 
 # ---- The whole way ----
-
-
 def resolve(Config, argv):
     """argv -> (Config in which every knob that the run reads has its value, Tokenizer).
 
@@ -190,6 +185,9 @@ def resolve(Config, argv):
     if ref and ref.vocab_size != (rows := sizes.vocab_size if sizes else tokenizer.vocab_size):
         raise ConfigError(f"--ref {cfg.ref}: has {ref.vocab_size} rows of token ids, the policy {rows}")
     if sizes:
+        if (stops := pretrained.stops_of(pretrained.folder_of(cfg.init))) not in ([], [tokenizer.eot]):
+            report.say(f"--init {cfg.init} ends texts at id {', '.join(map(str, stops))}; responses end in "
+                       f"{vocab.EOT} here, id {tokenizer.eot}, and so will the result's")
         own = {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_embd")}
         for name in own.keys() & typed.keys():
             if typed[name] != own[name]:
@@ -222,7 +220,7 @@ def for_machine(cfg, vocab_size):
     kind, large = torch.device(cfg.device).type, vocab_size > 10_000
     cuda, why_not = kind == "cuda", machine.cannot_compile() if large else None
     if cuda and why_not and cfg.compile is None:
-        report.say(f"torch.compile is off: {why_not} on this machine")
+        report.say(f"torch.compile is off: no {why_not} on this machine")
     pays = large and not why_not and kind in ("cpu", "cuda") and ranks.world() == 1
     values = {"dtype": "bfloat16" if cuda else "float32", "compile": pays and cuda,
               "compile_head": pays if cfg.compile is None else cfg.compile,
@@ -248,7 +246,7 @@ def read_sizes(flag, name):
         raise ConfigError(f"--{flag} {name}: no such folder; choose one, or a name: "
                           f"{', '.join(pretrained.NAMES)}")
     try:
-        return pretrained.read_config(pretrained.folder_of(name))
+        return pretrained.read_config(pretrained.folder_of(name), GPTConfig)
     except ModelError as e:
         raise ConfigError(f"--{flag}: {e}") from None
 

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from losses import LOSSES, terms_of
-from model import GPT
+from model import GPT, GPTConfig
 from plumbing import checkpoints, machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, RunError
 from plumbing.files import write_atomically, write_json, writing
@@ -65,7 +65,7 @@ def open_model(name, vocab_multiple=1):
         return GPT.from_pretrained(name, vocab_multiple)
     step, _, tensors = checkpoints.newest(Path(name))
     report.say(f"{name}: this run is not finished; its weights after step {step} are read")
-    model = GPT(pretrained.read_config(Path(name)), vocab_multiple).eval()
+    model = GPT(pretrained.read_config(Path(name), GPTConfig), vocab_multiple).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             rows = model.config.vocab_size if key == "wte.weight" else len(p)  # the others are padding
@@ -74,8 +74,6 @@ def open_model(name, vocab_multiple=1):
 
 
 # ---- Which run is it? ----
-
-
 def identity_of(cfg, pairs, val, tokenizer, policy, reference):
     """All that determines the numbers of a run but its length: what --resume and a reused SFT compare.
 
@@ -127,8 +125,6 @@ def place_of_sft(cfg, pairs, val, tokenizer):
 
 
 # ---- May this folder be written to? ----
-
-
 def files_of(folder):
     """Names of the files in a folder, without what a run that was killed at its very start leaves."""
     return sorted(p.name for p in folder.glob("[!.]*") if p.is_file() and p.suffix != ".part")
@@ -183,8 +179,6 @@ def claim(folder, record, resume, overwrite):
 
 
 # ---- A run ----
-
-
 class Run:
     """One run in its folder. It holds the folder's lock, catches SIGINT and SIGTERM, and decides by itself
     when to log, evaluate and save. Rank 0 alone writes."""
@@ -239,13 +233,19 @@ class Run:
         self.record["saved"] = self.first
         write_json(folder / "run.json", self.record)  # now that nothing refuses it
         with writing(folder):  # so that a run that is stopped can be sampled
-            ranks.only_main(self.tokenizer.save)(folder)
-            if isinstance(policy, GPT):
-                ranks.only_main(pretrained.write_config)(policy, folder, self.tokenizer.eot)
+            ranks.only_main(self.describe)(policy)
         self.log_file = Log(folder / "log.jsonl", self.first,
                             self.record | {"resumed_at": self.first} | self.about)
         report.say(report.headline(cfg, self.about, self.first))
         self.clock, self.tokens = time.perf_counter(), []
+
+    def describe(self, policy):
+        """Write config.json and the tokenizer, with what the start's say and training does not change."""
+        ours, init = isinstance(policy, GPT), self.cfg.init
+        if ours:
+            pretrained.write_config(policy, self.folder, self.tokenizer.eot)
+        if not (ours and init and pretrained.carry_over(init, self.folder)):
+            self.tokenizer.save(self.folder)
 
     def steps(self):
         """The numbers of the steps to take; ends early after a signal."""
@@ -316,6 +316,7 @@ class Run:
             ranks.unshard(model)
         with writing(self.folder):
             ranks.only_main(policy.save_pretrained)(self.folder, self.tokenizer.eot)
+            ranks.only_main(self.describe)(policy)
         write_json(self.folder / "run.json", self.record | {"finished": self.cfg.steps})
         ranks.wait()  # the files are there before another rank reads them
 

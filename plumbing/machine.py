@@ -62,12 +62,9 @@ def device_name(device):
 
 
 def cannot_compile():
-    """Why torch.compile would fail here, or None: it needs a C++ compiler and Python's headers."""
-    if not shutil.which("g++"):
-        return "no g++"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "no Python.h"
-    return None
+    """What torch.compile lacks here, or None: it needs a C++ compiler and Python's headers."""
+    has_header = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return "g++" if not shutil.which("g++") else None if has_header else "Python.h"
 
 
 @functools.cache

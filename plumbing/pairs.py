@@ -60,7 +60,7 @@ def lines_of(path, content):
         lines = enumerate(content.decode("utf-8-sig").split("\n"), 1)
     except UnicodeDecodeError as e:
         raise DataError(f"{path}:{content[:e.start].count(10) + 1}: not UTF-8") from None
-    bar = tqdm(lines, f"reading {path}", unit=" lines", delay=2, leave=False, disable=None)
+    bar = tqdm(lines, f"reading {path}", delay=2, leave=False, disable=None if sys.stderr else True)
     return ((f":{i}", line) for i, line in bar if line.strip())
 
 

@@ -1,94 +1,125 @@
 """Model folders: Hugging Face's GPT-2 layout read and written, the named GPT-2s downloaded.
 
-A model whose parameters are not GPT-2's (model.py was edited) is saved under its own names, with the fields
-of its GPTConfig and "model_type": "termwise"; such a folder opens here only.
+Where model.py does not compute GPT-2 (it was edited), a model is saved under its own names, with a
+fingerprint of what it computes; such a folder opens here only, with the same edit.
 """
 
-import dataclasses
 import json
 import os
+import shutil
 import sys
 import tempfile
+from dataclasses import asdict, fields, replace
 from http.client import HTTPException
 from pathlib import Path
-from urllib.request import urlopen
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import GPTConfig
+from plumbing import vocab
 from plumbing.errors import ModelError
+from plumbing.files import write_json
 
-NAMES = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
-         "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
-         "distilgpt2": "distilbert/distilgpt2"}
+NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+NAMES["distilgpt2"] = "distilbert/distilgpt2"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out), the transpose of nn.Linear
 OWN = "termwise"  # model_type of an architecture that is not GPT-2
+GPT2 = [1.452804062, 1.139750698, 0.448809253, -0.390936372, -1.101065760]  # its fingerprint
 
 
-def gpt2_shapes(c):
-    """{name: shape} of GPT-2's parameters in Hugging Face's files, named without `transformer.`."""
-    C, shapes = c.n_embd, {"wte.weight": (c.vocab_size, c.n_embd), "wpe.weight": (c.block_size, c.n_embd)}
-    for i in range(c.n_layer):
-        for part, out, into in (("attn.c_attn", 3 * C, C), ("attn.c_proj", C, C),
-                                ("mlp.c_fc", 4 * C, C), ("mlp.c_proj", C, 4 * C)):
-            shapes |= {f"h.{i}.{part}.weight": (into, out), f"h.{i}.{part}.bias": (out,)}
-        for norm in ("ln_1", "ln_2"):
-            shapes |= {f"h.{i}.{norm}.weight": (C,), f"h.{i}.{norm}.bias": (C,)}
-    return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+def fingerprint(cls, config):
+    """What the code of a model computes: five logits of a small one with fixed weights, after 128 tokens."""
+    small = replace(config, vocab_size=5, block_size=128, n_layer=2, n_head=4, n_embd=32)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = cls(small).double()
+        for p in model.parameters():
+            p.copy_(0.3 * torch.arange(p.numel(), dtype=torch.float64).sin().view_as(p))
+        return model.logits(model(torch.arange(128)[None] % 5))[0, -1]
 
 
-def file_views(model):
-    """The parameters as views in the layout of the files; rows that pad the vocabulary are left out."""
+def is_equal(code, saved):  # 5e-6 lie between the two GELUs, 6e-8 between a LayerNorm's 1e-5 and 1e-6
+    return torch.allclose(code, code.new_tensor(saved), rtol=0, atol=1e-8)
+
+
+def file_views(model, code):
+    """The parameters as views in the layout of the files, and True where that is GPT-2's, without
+    `transformer.`. Rows that pad the vocabulary are left out. code: the model's fingerprint."""
     views = {name: p.detach() for name, p in model.named_parameters()}
     views["wte.weight"] = views["wte.weight"][:model.config.vocab_size]
-    like_gpt2 = {name: w.T if name.endswith(CONV1D) else w for name, w in views.items()}
-    is_gpt2 = {name: tuple(w.shape) for name, w in like_gpt2.items()} == gpt2_shapes(model.config)
-    return (like_gpt2, True) if is_gpt2 else (views, False)
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    both = ["ln_f", *(f"h.{i}.{part}" for i in range(model.config.n_layer) for part in parts)]
+    names = {"wte.weight", "wpe.weight", *(f"{part}.{kind}" for part in both for kind in ("weight", "bias"))}
+    if names != views.keys() or not is_equal(code, GPT2):
+        return views, False
+    return {name: w.T if name.endswith(CONV1D) else w for name, w in views.items()}, True
 
 
 def write(model, folder, eos=None):
-    """config.json and model.safetensors. eos is by default the last id, as in GPT-2."""
-    c, folder = model.config, Path(folder)
+    """config.json, generation_config.json, model.safetensors. eos is by default the last id, as in GPT-2."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    eos = c.vocab_size - 1 if eos is None else eos
-    views, is_gpt2 = file_views(model)
-    config = {"model_type": OWN, **dataclasses.asdict(c), "eos_token_id": eos}
-    if is_gpt2:
-        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-                  "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
-                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-                  "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-                  "bos_token_id": eos, "eos_token_id": eos}
+    views, is_gpt2 = file_views(model, fingerprint(type(model), model.config))
     prefix = "transformer." if is_gpt2 else ""
     weights = {prefix + name: p.cpu().contiguous() for name, p in views.items()}
     part = folder / "model.safetensors.part"
     save_file(weights, part, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(model, folder, eos)
     part.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
     part.replace(folder / "model.safetensors")
 
 
 def write_config(model, folder, eos=None):
-    c = model.config
-    eos = c.vocab_size - 1 if eos is None else eos
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-                  "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """config.json and generation_config.json alone."""
+    c, code = model.config, fingerprint(type(model), model.config)
+    stop = dict.fromkeys(("bos_token_id", "eos_token_id"), c.vocab_size - 1 if eos is None else eos)
+    config = {"model_type": OWN, **asdict(c), "fingerprint": code.tolist()}
+    if file_views(model, code)[1]:
+        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **asdict(c),
+                  **dict.fromkeys(("n_positions", "n_ctx"), c.block_size), "activation_function": "gelu_new",
+                  "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "dtype": "float32",
+                  **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)}
+    write_json(Path(folder, "config.json"), config | stop)
+    write_json(Path(folder, "generation_config.json"), stop | {"pad_token_id": stop["eos_token_id"]})
+
+
+def carry_over(start, folder):
+    """Take into a saved model's folder what that of its start holds and training did not change: the two
+    configurations, but for the type of the weights and the id of end-of-text, and the tokenizer's files as
+    they are. False where transformers would find no tokenizer there, so that ours is to be saved."""
+    start, folder = folder_of(start), Path(folder)
+    changed = ("dtype", "torch_dtype", "n_ctx", "eos_token_id", "pad_token_id")
+    for name in ("config.json", "generation_config.json"):
+        kept = load_config(start, name) if (start / name).exists() else {}
+        kept = {key: value for key, value in kept.items() if key not in changed}
+        write_json(folder / name, load_config(folder, name) | kept)
+    names = [name for name in vocab.OF_TRANSFORMERS if (start / name).exists()]
+    if not {"merges.txt", "tokenizer.json"} & set(names):
+        return False
+    if not any("chat_template" in (start / name).read_text(encoding="utf-8") for name in names):
+        (folder / "chat_template.jinja").write_text(vocab.CHAT, encoding="utf-8")
+    for name in names:
+        shutil.copyfile(start / name, folder / name)
+    return True
 
 
 def read(cls, config_class, name_or_folder, vocab_multiple=1):
     """The model of a folder, or one of NAMES. Weights become float32."""
     folder = folder_of(name_or_folder)
     config, weights = read_config(folder, config_class), read_weights(folder)
-    if config.n_layer > len(weights) > 0:  # an absurd number would take minutes to build
-        raise ModelError(f"{folder}: config.json says {config.n_layer} layers, of {len(weights)} tensors")
     with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
         model = cls(config, vocab_multiple)
-    views, is_gpt2 = file_views(model)
-    if is_gpt2:
-        weights = plain_names(folder, weights)
+    code = fingerprint(cls, config)
+    if not is_equal(code, load_config(folder).get("fingerprint", GPT2)):
+        raise ModelError(f"{folder}: model.py computes something else than the code that saved this model; "
+                         "open it with that model.py")
+    views, is_gpt2 = file_views(model, code)
+    if is_gpt2:  # without `transformer.`, a repeated head, and the attention masks of old files
+        weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+        weights = {x: w for x, w in weights.items() if not x.endswith((".attn.bias", ".attn.masked_bias"))}
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
+            raise ModelError(f"{folder}: its output head is not tied to the embedding; this model's is")
     have, want = ({name: tuple(w.shape) for name, w in x.items()} for x in (weights, views))
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
@@ -99,39 +130,35 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
     else:  # an edited model may compute tables when it is built, such as the angles of rotary positions
         with torch.random.fork_rng(devices=[]):
             model = cls(config, vocab_multiple)
-    for name, view in file_views(model)[0].items():
+    for name, view in file_views(model, code)[0].items():
         view.copy_(weights[name])
     return model
 
 
-def folder_of(name_or_folder):
+def folder_of(name):
     """A folder, or that of one of NAMES, which is downloaded first."""
-    return download(name_or_folder) if name_or_folder in NAMES else Path(name_or_folder)
+    return download(name) if name in NAMES else Path(name)
 
 
-def plain_names(folder, weights):
-    """GPT-2's tensors without `transformer.`, a repeated head, and the attention masks of old files."""
-    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-    head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
-        raise ModelError(f"{folder}: its output head is not tied to the embedding; this model's is")
-    return {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-
-
-def read_config(folder, config_class=GPTConfig):
-    """config.json -> GPTConfig. What would change the computation of GPT-2 is refused."""
-    path = folder / "config.json"
+def load_config(folder, name="config.json"):
+    """The object in a folder's config.json or generation_config.json."""
+    path = Path(folder, name)
     try:
-        c = json.loads(path.read_bytes())
+        return dict(json.loads(path.read_bytes()).items())
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        raise ModelError(f"{path}: not the configuration of a GPT-2 ({getattr(e, 'strerror', None) or e}); a "
+                         f"model is a folder with config.json, or a name: {', '.join(NAMES)}") from None
+
+
+def read_config(folder, config_class):
+    """config.json -> GPTConfig. What would change the computation of GPT-2 is refused."""
+    path, c = Path(folder, "config.json"), load_config(folder)
+    try:
         if c.get("model_type") == OWN:
-            names = [field.name for field in dataclasses.fields(config_class)]
-            return config_class(**{name: c[name] for name in names})
+            return config_class(**{field.name: c[field.name] for field in fields(config_class)})
         config = config_class(c.get("vocab_size"), c.get("n_positions", c.get("n_ctx")),
                               c.get("n_layer"), c.get("n_head"), c.get("n_embd"))
-    except OSError as e:
-        raise ModelError(f"{path}: {e.strerror}; a model folder holds config.json and model.safetensors, "
-                         f"a model name is one of {', '.join(NAMES)}") from None
-    except (ValueError, AttributeError, KeyError, RecursionError) as e:
+    except (ValueError, KeyError) as e:
         raise ModelError(f"{path}: not the configuration of a GPT-2 ({e})") from None
     expected = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
                 "n_inner": [None, 4 * config.n_embd], "layer_norm_epsilon": [1e-5],
@@ -147,43 +174,29 @@ def read_config(folder, config_class=GPTConfig):
 def stops_of(folder):
     """The ids at which other programs end a text of this model."""
     for name in ("generation_config.json", "config.json"):
-        try:
-            eos = json.loads((folder / name).read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-        if eos is not None:
+        if Path(folder, name).exists() and (eos := load_config(folder, name).get("eos_token_id")) is not None:
             return eos if isinstance(eos, list) else [eos]
     return []
 
 
 def read_weights(folder):
-    """The tensors of model.safetensors, or of the shards that its index lists."""
-    names, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
-    if index.exists() and not (folder / names[0]).exists():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise ModelError(f"{index}: not an index of shards ({type(e).__name__}: {e})") from None
-    for name in names:
-        if Path(name).name != name:
-            raise ModelError(f"{index}: shard {name!r} is not in the folder")
-        try:
-            weights |= load_file(folder / name)
-        except FileNotFoundError:
-            raise ModelError(f"{folder / name}: no such file (.bin files are pickles, not read)") from None
-        except (OSError, ValueError, SafetensorError) as e:
-            raise ModelError(f"{folder / name}: cut short, or not a safetensors file ({e})") from None
-    return weights
+    """The tensors of model.safetensors."""
+    path = folder / "model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ModelError(f"{path}: missing, cut short, or not a safetensors file ({e}); pickles (.bin) and "
+                         "shards are not read") from None
 
 
 def download(name):
     """Fetch a named model once, from $HF_ENDPOINT into $HF_HOME/termwise or ~/.cache/termwise: the folder.
 
-    A file gets its name only when its length is the announced one and it reads as what it should be.
+    A file gets its name only when it reads as what it should be.
     """
     folder = Path(os.environ.get("HF_HOME") or "~/.cache", "termwise", name).expanduser()
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    for file, check in (("config.json", read_config), ("model.safetensors", read_weights)):
+    for file, check in (("config.json", load_config), ("model.safetensors", read_weights)):
         if (folder / file).exists():
             continue
         url = f"{endpoint}/{NAMES[name]}/resolve/main/{file}"
@@ -192,12 +205,8 @@ def download(name):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as aside:  # one a process: ranks may race
                 part = Path(aside, file)
-                with urlopen(url) as reply:  # for its length; not every mirror answers HEAD
-                    length = reply.headers["Content-Length"]
-                torch.hub.download_url_to_file(url, str(part))  # a cut connection passes for the end
-                if length is not None and part.stat().st_size != int(length):
-                    raise OSError(f"got {part.stat().st_size} of {length} bytes")
-                check(Path(aside))
+                torch.hub.download_url_to_file(url, str(part))
+                check(Path(aside))  # for a cut connection passes for the end
                 part.replace(folder / file)
         except (OSError, ValueError, HTTPException) as e:
             raise ModelError(f"{url}: {str(e).strip()}; try again, or pass a folder with the files") from None

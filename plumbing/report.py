@@ -28,8 +28,6 @@ def bar(items, name, *sizes, **options):
 
 
 # ---- A run's lines ----
-
-
 def header(cfg, policy, pairs, val):
     """What is needed to repeat the run, besides its Config: for the first record of log.jsonl."""
     padding = (policy.wte.num_embeddings - policy.config.vocab_size) * policy.config.n_embd
@@ -182,8 +180,6 @@ def sampling(model, tokenizer):
 
 
 # ---- Errors ----
-
-
 def fail(program, message):
     """Bad input: one clear line (or the lines of a file that are wrong) and exit status 2."""
     ranks.yield_to_main()

@@ -1,12 +1,12 @@
-"""Vocabulary files -> {token bytes: id}, and back: tiktoken's format, GPT-2's two files, tokenizer.json."""
+"""Vocabulary files -> {token bytes: id}: tiktoken's format, GPT-2's two files, tokenizer.json; and back, into
+tokenizer.json, which gives transformers the ids of any tiktoken vocabulary."""
 
 import base64
 import binascii
 import json
-import shutil
 from pathlib import Path
 
-from data import DataError
+from plumbing.errors import DataError
 from plumbing.files import read_bytes, read_json_data
 
 EOT = "<|endoftext|>"
@@ -14,10 +14,11 @@ EOT = "<|endoftext|>"
 # once a character and overflows the regex engine's stack at a million spaces.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$" \
         r"|(?:\s{100}(?=\s\s))*+\s+(?!\S)|\s"
-
-
 OF_TRANSFORMERS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json")  # what it reads of a GPT-2
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CHAT = (r'{% for m in messages %}{{ {"system": "\n\nSystem: ", "user": "\n\nHuman: ", '
+        r'"assistant": "\n\nAssistant: "}[m["role"]] + m["content"] }}{% endfor %}'
+        r'{% if add_generation_prompt %}{{ "\n\nAssistant:" }}{% endif %}')  # as data.Tokenizer.render
 
 
 def read(name_or_path):
@@ -25,52 +26,43 @@ def read(name_or_path):
     path = Path(name_or_path)
     if str(name_or_path) == "bytes":
         return {bytes([b]): b for b in range(256)}, 256
-    if str(name_or_path) == "gpt2":
-        return read_gpt2()
-    if path.suffix == ".tiktoken":
-        return read_tiktoken(path)
-    return read_folder(path)
-
-
-def write(folder, ranks, eot):
-    """Write vocab.json + merges.txt (transformers reads them) where the ranks are merges, and
-    tokenizer.tiktoken where they are not (a vocabulary of whole words)."""
-    folder, merges = Path(folder), merges_of(ranks)
-    if merges is None:
-        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
-        (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
-        return
-    show = {b: c for c, b in byte_characters().items()}
-    vocab = {"".join(show[b] for b in token): rank for token, rank in ranks.items()}
-    pairs = [" ".join("".join(show[b] for b in part) for part in merge) for merge in merges]
-    vocab = dict(sorted((vocab | {EOT: eot}).items(), key=lambda item: item[1]))  # by id
-    text = json.dumps(vocab, ensure_ascii=False)
-    (folder / "vocab.json").write_text(text, encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
-    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def copy(start, folder):
-    """Copy the tokenizer of a model's folder as it is, its added tokens too. False where transformers would
-    find none there."""
-    names = [name for name in OF_TRANSFORMERS if Path(start, name).exists()]
-    if not {"merges.txt", "tokenizer.json"} & set(names):
-        return False
-    for name in names:
-        shutil.copyfile(Path(start, name), Path(folder, name))
-    return True
-
-
-def read_gpt2():
+    if str(name_or_path) != "gpt2":
+        return read_tiktoken(path) if path.suffix == ".tiktoken" else read_folder(path)
     import tiktoken
     try:
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as e:  # requests' own errors, and requests is not ours to import
-        raise DataError(f"tokenizer gpt2: not in tiktoken's cache, no download ({type(e).__name__}); pass "
-                        "--tokenizer bytes, a .tiktoken file or a folder with encoder.json and vocab.bpe, "
-                        "or set TIKTOKEN_CACHE_DIR") from None
+        raise DataError(f"tokenizer gpt2: not in tiktoken's cache, no download ({type(e).__name__}); set "
+                        "TIKTOKEN_CACHE_DIR, or pass a folder with encoder.json and vocab.bpe") from None
     return {bpe.decode_single_token_bytes(i): i for i in range(bpe.eot_token)}, bpe.eot_token
+
+
+def write(folder, ranks, eot):
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja. transformers truncates texts to
+    the positions that the folder's config.json names."""
+    folder, show = Path(folder), {b: c for c, b in byte_characters().items()}
+    ids = {"".join(show[b] for b in token): rank for rank, token in sorted((i, t) for t, i in ranks.items())}
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = {"id": eot, "content": EOT, "special": True, "normalized": False,
+               **dict.fromkeys(("single_word", "lstrip", "rstrip"), False)}
+    bpe = {"version": "1.0", "added_tokens": [special], "normalizer": None, "pre_tokenizer": split,
+           "post_processor": split, "decoder": split,
+           "model": {"type": "BPE", "ignore_merges": True, "vocab": ids, "merges": splits_of(ids)}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
+              "clean_up_tokenization_spaces": False,
+              **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOT)}
+    if (folder / "config.json").exists():
+        sizes = json.loads((folder / "config.json").read_bytes())
+        config["model_max_length"] = sizes.get("n_positions") or sizes.get("block_size")
+    for name, text in (("tokenizer.json", json.dumps(bpe, ensure_ascii=False)), ("chat_template.jinja", CHAT),
+                       ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def splits_of(ids):
+    """All ways to make a token of two: tiktoken joins the neighbours whose union has the lowest id."""
+    return [[token[:i], token[i:]] for token in sorted(ids, key=ids.get) for i in range(1, len(token))
+            if token[:i] in ids and token[i:] in ids]
 
 
 def read_tiktoken(path):
@@ -92,49 +84,50 @@ def read_tiktoken(path):
 
 
 def read_folder(folder):
-    """The vocabulary of a folder: {token: id} and end-of-text's id. Every file that transformers would read
-    is read: what makes other ids than GPT-2's is refused."""
-    found = []
+    """The vocabulary of a folder. Every file that transformers would read is read: what makes other ids than
+    GPT-2's is refused."""
+    found = {}
     for vocab_file, merges_file in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocab_file).exists() and (folder / merges_file).exists():
             lines = read_bytes(folder / merges_file).decode("utf-8", errors="replace").split("\n")
             merges = [line.split() for line in lines if line and not line.startswith("#version")]
             vocab = read_json_data(folder / vocab_file)
-            found.append((vocab_file, check_merges(folder / vocab_file, vocab, merges)))
+            found[vocab_file] = check_merges(folder / vocab_file, vocab, merges)
     if (folder / "tokenizer.json").exists():
-        found.append(("tokenizer.json", read_tokenizer_json(folder / "tokenizer.json")))
+        found["tokenizer.json"] = read_tokenizer_json(folder / "tokenizer.json")
+    elif (folder / "added_tokens.json").exists():
+        raise DataError(f"{folder}: added_tokens.json does not say which tokens text may become; save the "
+                        "tokenizer again with transformers, which adds tokenizer.json")
     if not found and (folder / "tokenizer.tiktoken").exists():
         return read_tiktoken(folder / "tokenizer.tiktoken")
     if not found:
         raise DataError(f"tokenizer {str(folder)!r}: is neither gpt2, bytes, a .tiktoken file nor a folder "
-                        "with encoder.json + vocab.bpe, vocab.json + merges.txt, tokenizer.json or "
-                        "tokenizer.tiktoken")
+                        "with encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json")
     if (folder / "tokenizer_config.json").exists():
-        check_config(folder / "tokenizer_config.json", any(name == "tokenizer.json" for name, _ in found))
-    if (folder / "added_tokens.json").exists():
-        check_added(folder)
-    (first, vocabulary), *others = found
-    for name, other in others:
-        if other != vocabulary:
-            raise DataError(f"{folder}: {first} and {name} hold different vocabularies; remove the wrong one")
-    return vocabulary
+        check_config(folder / "tokenizer_config.json", "tokenizer.json" in found)
+    if any(vocabulary != next(iter(found.values())) for vocabulary in found.values()):
+        raise DataError(f"{folder}: {' and '.join(found)} hold different vocabularies; remove the wrong one")
+    return next(iter(found.values()))
 
 
 def read_tokenizer_json(path):
     bpe = read_json_data(path)
     try:
         model, split, after = bpe["model"], bpe["pre_tokenizer"], bpe.get("post_processor") or {}
+        ids, merges = model["vocab"], [m.split() if isinstance(m, str) else m for m in model["merges"]]
         split_of_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        whole = model.get("ignore_merges")  # as `write` has it: each token is one, whatever merges make it
         of_gpt2 = {
-            "model": model["type"] == "BPE" and not model.get("dropout") and not model.get("ignore_merges"),
+            "model": model["type"] == "BPE" and not model.get("dropout")
+                     and (not whole or merges == splits_of(ids)),
             "normalizer": not bpe["normalizer"],
             "pre_tokenizer": (split_of_gpt2 | split).items() >= split_of_gpt2.items(),
             "post_processor": after.get("type", "ByteLevel") in ("ByteLevel", "TemplateProcessing")
                               and '"SpecialToken"' not in json.dumps(after),
             "added_tokens": all(map(is_special, bpe["added_tokens"])),
         }
-        vocab = model["vocab"] | {t["content"]: t["id"] for t in bpe["added_tokens"]}
-        merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
+        merges = [(token, "") for token in sorted(ids, key=ids.get)] if whole else merges
+        vocab = ids | {t["content"]: t["id"] for t in bpe["added_tokens"]}
     except (KeyError, TypeError, AttributeError) as e:
         raise DataError(f"{path}: not a tokenizer.json of GPT-2's kind ({e})") from None
     if other := [name for name, true in of_gpt2.items() if not true]:
@@ -149,32 +142,18 @@ def is_special(token):
 
 
 def check_config(path, has_tokenizer_json):
-    """tokenizer_config.json may ask for other ids than the vocabulary's; its class decides where there is no
-    tokenizer.json (Qwen2Tokenizer, say, reads vocab.json and merges.txt and splits text otherwise)."""
+    """It may ask for other ids. Its class decides how text is split where there is no tokenizer.json."""
     config = read_json_data(path)
     try:
         wrong = [key for key in ("add_prefix_space", "add_bos_token", "add_eos_token") if config.get(key)]
-        if config.get("tokenizer_class") not in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
-            wrong += [] if has_tokenizer_json else [f"tokenizer_class {config['tokenizer_class']}"]
+        if not has_tokenizer_json and "GPT2" not in (name := config.get("tokenizer_class") or "GPT2"):
+            wrong.append(f"tokenizer_class {name}")
         if not all(map(is_special, config.get("added_tokens_decoder", {}).values())):
             wrong.append("added_tokens_decoder (with a token that is not special)")
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not a tokenizer_config.json") from None
     if wrong:
         raise DataError(f"{path}: {', '.join(wrong)}: not GPT-2's; transformers would give other ids")
-
-
-def check_added(folder):
-    """added_tokens.json does not say which of its tokens are special; the other files name those."""
-    others = [folder / name for name in OF_TRANSFORMERS[2:5]]
-    named = json.dumps([read_json_data(path) for path in others if path.exists()])
-    added = read_json_data(folder / "added_tokens.json")
-    if not isinstance(added, dict):
-        raise DataError(f"{folder / 'added_tokens.json'}: not an object of tokens and ids")
-    for token in added:
-        if json.dumps(token) not in named:
-            raise DataError(f"{folder / 'added_tokens.json'}: no other file says that {token!r:.40} is "
-                            "special; transformers would give other ids")
 
 
 def check_merges(path, vocab, merges):
@@ -198,21 +177,6 @@ def byte_characters():
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-def merges_of(ranks):
-    """The two parts from which BPE makes each token, in rank order; None when some token is no such merge."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            if ranks.get(parts[best] + parts[best + 1], rank) >= rank:
-                return None
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append(parts)
-    return merges
 
 
 def is_in(folder):

@@ -46,39 +46,47 @@ def sft(logps_w):
     return -logps_w
 
 
-def dpo(rho_w, rho_l, *, beta):
+def dpo(rho_w, rho_l, *, beta=0.1):
     return minus_log_sigmoid(beta * (rho_w - rho_l))
 
 
-def dpop(rho_w, rho_l, *, beta, lam):
+def dpop(rho_w, rho_l, *, beta=0.3, lam=50.0):
     return minus_log_sigmoid(beta * (rho_w - rho_l - lam * jax.nn.relu(-rho_w)))  # relu's slope at 0 is 0
 
 
-def tdpo1(rho_w, rho_l, kl_w, kl_l, *, beta):
+def tdpo1(rho_w, rho_l, kl_w, kl_l, *, beta=0.1):
     return minus_log_sigmoid(beta * (rho_w - rho_l) - beta * (kl_l - kl_w))
 
 
-def tdpo2(rho_w, rho_l, kl_w, kl_l, *, beta, alpha):
+def tdpo2(rho_w, rho_l, kl_w, kl_l, *, beta=0.1, alpha=0.5):
     return minus_log_sigmoid(beta * (rho_w - rho_l) - alpha * beta * (kl_l - stop_gradient(kl_w)))
 
 
-def vanilla(rho_w, rho_l, r_w, r_l, has_w, has_l, *, beta):
+def vanilla(rho_w, rho_l, r_w, r_l, has_w, has_l, *, beta=0.1):
     """2D-DPO without groups. r_w, r_l (B, S), rewards; has_w, has_l (B, S), bool, where segments exist."""
     w, l_ = jnp.where(has_w, r_w * rho_w, 0), jnp.where(has_l, r_l * rho_l, 0)
     return minus_log_sigmoid(beta * (w.sum(-1) - l_.sum(-1)))
 
 
+def ascending(values, has):
+    """Segments from the lowest value to the highest, absent ones last. Sorted values with a gap of at most
+    1e-5 are equal and keep the order of the text."""
+    values = jnp.where(has, values, jnp.inf)
+    by_value = jnp.argsort(values, -1)
+    in_order = jnp.take_along_axis(values, by_value, -1)
+    rank = (jnp.diff(in_order, prepend=in_order[..., :1]) > 1e-5).cumsum(-1)
+    return jnp.argsort(jnp.take_along_axis(rank, jnp.argsort(by_value, -1), -1), -1, stable=True)
+
+
 def selected(r_w, r_l, has_w, has_l):
-    """Eq. 6's segments, (B, K) each: k-th best chosen, k-th worst rejected, and True for k < N. Rewards that
-    agree to 1e-5 are ties, and ties keep the order of the text."""
-    best = jnp.argsort(jnp.where(has_w, -jnp.round(r_w * 1e5), jnp.inf), -1, stable=True)
-    worst = jnp.argsort(jnp.where(has_l, jnp.round(r_l * 1e5), jnp.inf), -1, stable=True)
+    """Eq. 6's segments, (B, K) each: k-th best chosen, k-th worst rejected, and True for k < N."""
+    best, worst = ascending(-r_w, has_w), ascending(r_l, has_l)
     K = min(best.shape[-1], worst.shape[-1])
     paired = jnp.arange(K) < jnp.minimum(has_w.sum(-1), has_l.sum(-1))[..., None]
     return best[..., :K], worst[..., :K], paired
 
 
-def group(rho_w, rho_l, r_w, r_l, has_w, has_l, *, beta):
+def group(rho_w, rho_l, r_w, r_l, has_w, has_l, *, beta=0.1):
     """2D-DPO, Eq. 6: a log-sigmoid for each pair of segments."""
     best, worst, paired = selected(r_w, r_l, has_w, has_l)
     h = jnp.take_along_axis(r_w * rho_w, best, -1) - jnp.take_along_axis(r_l * rho_l, worst, -1)

@@ -3,7 +3,6 @@ runs end quickly, with answers of a few tokens and without waiting for the disk.
 
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +15,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_ends():
-    """test_folder.py puts its own fsync here and watches it; test_flags.py's run without arguments, in a
-    process of its own, has the real ends."""
+    """test_folder.py puts its own fsync here and watches it."""
     whole = report.answer
 
     def answer(model, *args):
-        def generate(tokens, n, **more):
-            return model.generate(tokens, 4, **more)
-        return whole(SimpleNamespace(wte=model.wte, generate=generate), *args)
+        with pytest.MonkeyPatch.context() as patch:
+            generate = model.generate
+            patch.setattr(model, "generate", lambda tokens, n, **more: generate(tokens, 4, **more))
+            return whole(model, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "answer", answer)

@@ -6,11 +6,11 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import shlex
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_pairs import BYTES, LINES, SHARED, P, pair, real_data, scored, write
 from test_pairs import texts as texts_of
@@ -64,47 +64,22 @@ def texts(*paths, alone=False):
 # ---------------------------------------------------------------------------------------------------------
 # What is read
 
-FORMS = {  # a record of each form and what is trained on; tools/README.md shows them
-    "pairs": (pair(" Q\n", "  A", "B "), (" Q\n", "  A", "B ")),
-    "scored segments": (pair(chosen=scored(("One.", 1, 2), (" Two.", 3, 4)), rejected=scored(("No", 0, 0))),
-                        ("Q", "One. Two.", "No")),
-    "HH transcripts": ({"chosen": P + " Yes", "rejected": P + " No"}, YES_NO),
-    "chat messages": (pair(turns("Hi"), says("Yes"), says("No")), YES_NO),
-    "messages and two answers": ({"messages": turns("Hi"), "chosen": says("Yes")[0], "rejected": says("No")[0]},
-                                 YES_NO),
-    "messages and a rejected answer": ({"messages": turns("Hi", "Yes"), "rejected_response": "No"}, YES_NO),
-    "ShareGPT": ({"conversations": sharegpt(("system", "Be kind"), ("human", "Hi")),
-                  "chosen": {"from": "gpt", "value": "Yes"}, "rejected": {"from": "gpt", "value": "No"}},
-                 (SYSTEM_P, " Yes", " No")),
-    "instructions": ({"instruction": "Do it.", "input": "2 + 2", "chosen": "Four.", "rejected": "4!"},
-                     ("\n\nHuman: Do it.\n2 + 2\n\nAssistant:", " Four.", " 4!")),
-    "two outputs": ({"instruction": "Hi", "input": "", "output": ["Yes", "No"]}, YES_NO),
-    "questions": ({"system": "Be kind", "question": "Hi", **PAIR}, (SYSTEM_P, " Yes", " No")),
-    "OpenAI preferences": ({"input": {"messages": turns("Hi")}, "preferred_output": says("Yes"),
-                            "non_preferred_output": says("No")}, YES_NO),
-    "SHP": ({"history": "Hi", "human_ref_A": "No", "human_ref_B": "Yes", "labels": 0}, YES_NO),
-    "SafeRLHF": ({"prompt": "Hi", "response_0": "No", "response_1": "Yes", "better_response_id": 1}, YES_NO),
-    "AlpacaEval": ({"instruction": "Hi", "output_1": "No", "output_2": "Yes", "preference": 2}, YES_NO),
-    "HelpSteer2": ({"prompt": "Hi", "response_1": "No", "response_2": "Yes", "preference_strength": 1}, YES_NO),
-    "HelpSteer3": ({"context": turns("Hi"), "response1": "Yes", "response2": "No", "overall_preference": -2},
-                   YES_NO),
-    "rankings": ({"prompt": "Hi", "responses": ["So-so", "No", "Yes"], "scores": [3, 1, 4.5]}, YES_NO),
-    "completions": ({"prompt": "Q ", "completion": "A"}, ("Q ", "A")),
-    "responses": ({"prompt": "Q ", "response": "A"}, ("Q ", "A")),
-    "outputs": ({"prompt": "Q ", "output": "A"}, ("Q ", "A")),
-    "instructions and outputs": ({"instruction": "Do it.", "input": "2 + 2", "output": "Four."},
-                                 ("\n\nHuman: Do it.\n2 + 2\n\nAssistant:", " Four.")),
-    "conversations": ({"messages": turns("Hi", "A", "B", "Yes")}, (AB, " Yes")),
-    "ShareGPT conversations": ({"conversations": sharegpt(("human", "Hi"), ("gpt", "Yes"))}, YES_NO[:2]),
-}
 README = (Path(__file__).parents[1] / "tools" / "README.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| ([\w ]+) \| `(\{.*\})` \|$", re.M)
+RECORDS = {form: json.loads(record) for form, record in ROW.findall(README)}
+INSTRUCTION = "\n\nHuman: Do it.\n2 + 2\n\nAssistant:"
+EXPECTED = dict.fromkeys(RECORDS, YES_NO) | {  # the forms that tools/README.md shows, and what is trained on
+    "pairs": (" Q\n", "  A", "B "), "scored segments": ("Q", "One. Two.", "No"),
+    "ShareGPT": (SYSTEM_P, " Yes", " No"), "questions": (SYSTEM_P, " Yes", " No"),
+    "instructions": (INSTRUCTION, " Four.", " 4!"), "instructions and outputs": (INSTRUCTION, " Four."),
+    **dict.fromkeys(["completions", "responses", "outputs"], ("Q ", "A")),
+    "conversations": (AB, " Yes"), "ShareGPT conversations": (P, " Yes")}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_each_form_gives_the_texts_that_it_means_and_stands_in_the_readme(form):
-    record, expected = FORMS[form]
-    assert trained_on(record) == trained_on(record | {"id": 7}) == expected
-    assert f"| {form} | `{json.dumps(record)}` |\n" in README
+@pytest.mark.parametrize("form", RECORDS)
+def test_each_form_that_the_readme_shows_gives_the_texts_that_it_means(form):
+    assert len(RECORDS) == 23
+    assert trained_on(RECORDS[form]) == trained_on(RECORDS[form] | {"id": 7}) == EXPECTED[form]
 
 
 ROLES = [{"from": role, "value": "Hi"} for role in ("user", "human", "Human", "USER", "prompter")]
@@ -134,15 +109,16 @@ ROLES = [{"from": role, "value": "Hi"} for role in ("user", "human", "Human", "U
     ({"system": "Be kind", "prompt": "Hi", **PAIR}, (SYSTEM_P, " Yes", " No")),
     ({"system": "Be kind", "prompt": "Hi", "completion": "Yes"}, (SYSTEM_P, " Yes")),
     ({"system": "Be kind", "messages": SYSTEM + turns("Hi", "Yes")}, (SYSTEM_P, " Yes")),
-    ({"system": "Be kind", **FORMS["SHP"][0]}, (SYSTEM_P, " Yes", " No")),
+    ({"system": "Be kind", **RECORDS["SHP"]}, (SYSTEM_P, " Yes", " No")),
     # a copy of the prompt or of the conversation is left out
     ({"prompt": "Hi", "chosen": turns("Hi", "Yes"), "rejected": turns("Hi", "No"),
       "messages": turns("Hi", "Yes"), "score_chosen": 8.5, "score_rejected": "8", "prompt_id": "x"}, YES_NO),
-    ({"messages": turns("Hi", "Yes"), **PAIR}, YES_NO), ({"messages": turns("Hi", "Yes"), "prompt": "Hi"}, YES_NO[:2]),
+    ({"messages": turns("Hi", "Yes"), **PAIR}, YES_NO),
+    ({"messages": turns("Hi", "Yes"), "prompt": "Hi"}, YES_NO[:2]),
     (pair(question="Q "), ("Q", "good", "bad")),
     # nothing, and switches that are on or stand on what is not trained on
     (pair(tools=[], images=None, system="", history=[], weight=1, train=True), ("Q", "good", "bad")),
-    ({"messages": [turns("Hi")[0] | {"weight": 0}, says("Yes")[0] | {"weight": 1, "loss": True}]}, YES_NO[:2]),
+    ({"messages": [turns("Hi")[0] | {"weight": 0}, says("Yes")[0] | {"weight": 1}]}, YES_NO[:2]),
     (pair(turns("Hi"), [says("Yes")[0] | {"tool_calls": None, "reasoning_content": ""}], says("No")), YES_NO),
     # text stays text
     (pair("", "a", "b"), ("<|endoftext|>", "a", "b")),
@@ -152,22 +128,21 @@ ROLES = [{"from": role, "value": "Hi"} for role in ("user", "human", "Human", "U
     # transcripts of HH
     *(({"chosen": p + c, "rejected": p + r}, (p, c, r)) for p, c, r in [
         (AB, " Yes", " No"), (P, " Yes\n\nHuman: B\n\nAssistant: C", " No"), (P, " Same, yes", " Same, no"),
-        (P, " Yes", " Yes and more"), (P, " A\n\nHuman: B\n\nAssistant: C", " A\n\nHuman: D\n\nAssistant: E")]),
+        (P, " Yes", " Yes and more"), (P, " A\n\nHuman: B\n\nAssistant: C", " A\n\nHuman: D")]),
     # SFT
-    ({"prompt": turns("Hi"), "completion": says("Yes")}, YES_NO[:2]), ({"prompt": "Q", "chosen": "A"}, ("Q", "A")),
+    ({"prompt": turns("Hi"), "completion": says("Yes")}, YES_NO[:2]),
+    ({"prompt": "Q", "chosen": "A"}, ("Q", "A")),
 ])
 def test_what_is_read_is_what_is_meant(record, expected):
     assert trained_on(record) == expected
 
 
-@pytest.mark.parametrize("keys", [
-    "source id prompt_id url timestamp created_at dataset split category language chosen_model rejected-model "
-    "model_name prompt_tokens num_tokens chosen_length conversationId _id uuid post_id c_root_id_A sha256"])
-def test_keys_without_meaning_are_left_out_and_counted(keys):
+def test_keys_without_meaning_are_left_out_and_counted_and_an_id_is_kept():
+    keys = """source prompt_id url timestamp created_at dataset split category language chosen_model
+        sha256 rejected-model model_name prompt_tokens num_tokens chosen_length conversationId _id uuid"""
     converter = convert.Converter()
-    made = converter.convert(pair(**dict.fromkeys(keys.split(), "x"), metadata={"url": "x", "ids": [1]}))
-    assert made == pair(id="x") and list(made)[0] == "id"
-    assert converter.left_out.keys() == {*keys.split(), "metadata"} - {"id"} | {"id"}
+    made = converter.convert(pair(**dict.fromkeys(keys.split(), "x"), metadata={"url": "x"}, id="a"))
+    assert made == pair(id="a") and converter.left_out == dict.fromkeys([*keys.split(), "metadata", "id"], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -187,16 +162,16 @@ def with_answer(**more):
     # part of an answer or of the record that would be lost
     *((with_answer(**{key: "two and two"}), MEANT.format(f"chosen.{key}", key))
       for key in ("reasoning_content", "thinking", "reasoning", "name", "refusal", "anything")),
-    *((with_answer(**{key: [{}]}), MEANT.format(f"chosen.{key}", key)) for key in ("tool_calls", "images", "audio")),
+    *((with_answer(**{key: [{}]}), MEANT.format(f"chosen.{key}", key)) for key in ("tool_calls", "images")),
     ({"messages": [*turns("Hi"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
      MEANT.format("messages[1].tool_calls", "tool_calls")),
     (pair(chosen=[{"text": "a", "reasoning": "b"}]), MEANT.format("chosen[0].reasoning", "reasoning")),
     *((pair(**{key: value}), MEANT.format(key, key)) for key, value in [
-        ("tools", [{}]), ("functions", [{}]), ("images", ["x"]), ("context", "A story"), ("instruction", "Do"),
+        ("tools", [{}]), ("functions", [{}]), ("images", ["x"]), ("context", "A"), ("instruction", "Do"),
         ("input", "A story"), ("history", [["a", "b"]]), ("question", "other"), ("conversation_summary", "x"),
         ("output", "x"), ("system_prompt", "x"), ("chosen_score", 1), ("label", 0), ("status", "tie"),
-        ("source", "a story " * 30), ("metadata", {"system": "x"}), ("tokens", [{"system": "x"}]), ("name", "x")]),
-    (FORMS["OpenAI preferences"][0] | {"input": {"messages": turns("Hi"), "tools": [{}]}},
+        ("source", "a story " * 30), ("metadata", {"system": "x"}), ("tokens", [{"a": 1}]), ("name", "x")]),
+    (RECORDS["OpenAI preferences"] | {"input": {"messages": turns("Hi"), "tools": [{}]}},
      MEANT.format("input.tools", "tools")),
     (pair(a=1, b={"c": 2}), 'not read: "a", "b"; without it: --drop a b'),
     ({"prompt": "Q", "completion": "A", "rating": 3}, MEANT.format("rating", "rating")),
@@ -205,17 +180,17 @@ def with_answer(**more):
         ("weight", 0), ("weight", 0.5), ("loss", False), ("train", False), ("trainable", "false")]),
     *((pair(**{key: off}), "the record: its " + SWITCHED.format(key)) for key, off in [
         ("weight", 0), ("loss", False), ("train", "False"), ("loss_weight", 0.1)]),
-    ({"messages": [*turns("Hi"), TEACHER | {"weight": 0}], **PAIR}, "messages: its " + SWITCHED.format("weight")),
+    ({"messages": [*turns("Hi"), TEACHER | {"weight": 0}], **PAIR}, SWITCHED.format("weight")),
     # labels
-    *((record | {key: value}, f'"{key}" (KTO), is no pair of a chosen and a rejected response; --label {key} keeps')
-      for record in (FORMS["conversations"][0], FORMS["completions"][0])
-      for key, value in [("label", False), ("label", True), ("labels", 1), ("kto_tag", "true"), ("good", False)]),
+    *((record | {key: value}, f'"{key}" (KTO), is no pair of a chosen and a rejected response; --label {key}')
+      for record in (RECORDS["conversations"], RECORDS["completions"])
+      for key, value in [("label", False), ("labels", 1), ("kto_tag", "true"), ("good", False)]),
     # turns of other speakers
     (CHAT | {"chosen": sharegpt(("function_call", "f"), ("observation", "4"), ("gpt", "4"))},
      "\"chosen[0]\" is a turn of 'function_call', not of system, user, assistant"),
     *((CHAT | {side: says("4", "RESULT", "4")}, f'"{side}": 3 turns after the prompt; an answer is one turn')
       for side in PAIR),
-    ({"chosen": turns("Hi", "Yes", "B", "C"), "rejected": turns("Hi", "No")}, '"chosen": 3 turns after the prompt'),
+    ({"chosen": turns("Hi", "Yes", "B", "C"), "rejected": turns("Hi", "No")}, '"chosen": 3 turns after'),
     ({"chosen": turns("Hi", "Yes"), "rejected": turns("Hi", "Yes", "B", "C")}, '"rejected": 3 turns after'),
     *((pair([{"role": role, "content": "4"}], "a", "b"), f"is a turn of {role!r}, not of")
       for role in ("tool", "function", "robot", None, ["user"])),
@@ -226,25 +201,25 @@ def with_answer(**more):
     ({"system": "Be rude", "messages": SYSTEM + turns("Hi", "Yes")}, 'the system turn of "messages" differ'),
     (pair([SYSTEM[0] | {"content": "Be rude"}], SYSTEM + turns("Hi", "Yes"), SYSTEM + turns("Hi", "No")),
      "two system texts that differ"),
-    ({"chosen": turns("Yes"), "rejected": turns("No")}, '"chosen": no assistant turn stands after the prompt'),
+    ({"chosen": turns("Yes"), "rejected": turns("No")}, '"chosen": no assistant turn stands after'),
     ({"chosen": says("Yes"), "rejected": says("No")}, "lacks prompt"),
     ({"messages": turns("Hi")}, '"messages" must end in an assistant turn, the answer'),
     # what is no form names the nearest alone
-    ({"question": "Q", "good_answer": "a", "bad_answer": "b"}, "no form has the keys bad_answer, good_answer, question; "
-     "the nearest, pairs, lacks chosen, rejected; if they have other names: --keys chosen=NAME rejected=NAME"),
-    (PAIR, "no form has the keys chosen, rejected; the nearest, pairs, lacks prompt; if they have other names: --keys"),
-    ({"prompt": "Q", "response_0": "a", "response_1": "b"}, "the nearest, SafeRLHF, lacks better_response_id;"),
+    ({"question": "Q", "good_answer": "a"}, "no form has the keys good_answer, question; the nearest, pairs, "
+     "lacks chosen, rejected; if they have other names: --keys chosen=NAME rejected=NAME"),
+    (PAIR, "no form has the keys chosen, rejected; the nearest, pairs, lacks prompt; if they have"),
+    ({"prompt": "Q", "response_0": "a", "response_1": "b"}, "nearest, SafeRLHF, lacks better_response_id"),
     ({}, "no form has the keys (none)"), (7, "a record must be an object, found int"),
     # values
     (pair(chosen=7), '"chosen" must be text or messages, found int'), (pair(chosen=None), "lacks chosen"),
     (pair(messages=turns("other")), MEANT.format("prompt", "prompt")),
     (pair("\ud800"), '"prompt" must be text, found a lone surrogate'),
-    (pair([{"role": "user", "content": [{"type": "image_url"}]}]), "is a part of type 'image_url'; only text is read"),
+    (pair([{"role": "user", "content": [{"type": "image_url"}]}]), "is a part of type 'image_url'; only"),
     (pair(chosen=scored(("a", -1))), '"chosen[0].scores" must hold finite numbers >= 0, found [-1]'),
     (pair(chosen=scored(("a", 1))), "segments with 0 and 1 scores in one pair"),
-    (FORMS["SHP"][0] | {"labels": "A"}, "\"labels\" must be a number from 0 to 1, found 'A'"),
-    (FORMS["rankings"][0] | {"scores": [1]}, '"responses" and "scores" must be lists of one length'),
-    *((FORMS["rankings"][0] | {"scores": [1, 2, x]}, '"scores[2]" must be a number from') for x in (None, 1e999)),
+    (RECORDS["SHP"] | {"labels": "A"}, "\"labels\" must be a number from 0 to 1, found 'A'"),
+    (RECORDS["rankings"] | {"scores": [1]}, '"responses" and "scores" must be lists of one length'),
+    *((RECORDS["rankings"] | {"scores": [1, 2, x]}, '"scores[2]" must be a number') for x in (None, 1e999)),
 ])
 def test_what_would_be_lost_or_misread_is_refused_in_one_line(record, message):
     with pytest.raises(DataError) as e:
@@ -258,21 +233,21 @@ def test_what_would_be_lost_or_misread_is_refused_in_one_line(record, message):
     (pair(**{"chosen-rating": "2", "rejected-rating": "10"}), 'a "chosen-rating" that is not above'),
     (pair(chosen_avg_rating=0, rejected_avg_rating=0.5), 'a "chosen_avg_rating" that is not above'),
     (pair(margin=-0.1), 'a "margin" of 0 or less'), (pair(score_diff=0), 'a "score_diff" of 0 or less'),
-    *((FORMS[form][0] | tie, "prefers neither answer") for form, tie in [
-        ("SHP", {"labels": 0.5}), ("SafeRLHF", {"better_response_id": 0.5}), ("AlpacaEval", {"preference": 0}),
-        ("AlpacaEval", {"preference": 1.5}), ("HelpSteer2", {"preference_strength": "0"}),
-        ("HelpSteer3", {"overall_preference": 0})]),
-    (FORMS["rankings"][0] | {"scores": [2, 2, 2]}, '"scores" that are all equal'),
+    *((RECORDS[form] | tie, "prefers neither answer") for form, tie in [
+        ("SHP", {"labels": 0.5}), ("SafeRLHF", {"better_response_id": 0.5}),
+        ("AlpacaEval", {"preference": 0}), ("AlpacaEval", {"preference": 1.5}),
+        ("HelpSteer2", {"preference_strength": "0"}), ("HelpSteer3", {"overall_preference": 0})]),
+    (RECORDS["rankings"] | {"scores": [2, 2, 2]}, '"scores" that are all equal'),
 ])
-def test_ties_and_contradictions_are_refused_or_dropped_by_a_flag_and_counted(tmp_path, capsys, record, reason):
+def test_ties_and_contradictions_are_refused_or_dropped_by_a_flag(tmp_path, capsys, record, reason):
     path = write(tmp_path / "d.jsonl", record, pair(score_chosen=2, score_rejected=1.5, margin=1), record)
     status, _, error = run(tmp_path, capsys, path)
-    assert status == 2 and error.startswith(f"convert: d.jsonl:1: {reason}") if reason[0] == "a" else status == 2
+    assert status == 2 and error.startswith("convert: d.jsonl:1: ") and reason in error
     assert "; --drop_unclear drops such records (and 1 more like it)\nnothing is written" in error
     assert not (tmp_path / "out.jsonl").exists()
     status, out, _ = run(tmp_path, capsys, path, "--drop_unclear")
-    assert status == 0 and f"d.jsonl: dropped 2 with {reason}" in out.replace('"labels" that', "") or reason[0] == "p"
-    assert "(1, 3)" in out and texts(tmp_path / "out.jsonl") == [("Q", "good", "bad")]
+    assert status == 0 and "d.jsonl: dropped 2 with " in out and reason in out and "(1, 3)" in out
+    assert texts(tmp_path / "out.jsonl") == [("Q", "good", "bad")]
 
 
 @pytest.mark.parametrize("form, swapped", [
@@ -280,7 +255,7 @@ def test_ties_and_contradictions_are_refused_or_dropped_by_a_flag_and_counted(tm
     ("HelpSteer2", {"preference_strength": -1}), ("HelpSteer3", {"overall_preference": "1"}),
     ("rankings", {"scores": ["3", 4.5, 1]})])
 def test_the_other_preference_exchanges_the_responses(form, swapped):
-    assert trained_on(FORMS[form][0] | swapped) == (P, " No", " Yes")
+    assert trained_on(RECORDS[form] | swapped) == (P, " No", " Yes")
 
 
 def test_keys_are_renamed_and_dropped_as_the_flags_say(tmp_path, capsys):
@@ -293,29 +268,30 @@ def test_keys_are_renamed_and_dropped_as_the_flags_say(tmp_path, capsys):
     assert (tmp_path / "out.jsonl").read_text() == 2 * '{"prompt": "Q", "chosen": "a", "rejected": "b"}\n'
     for more, message in ((["nope"], "--drop, --keys: no record has the key nope"),
                           (["--keys", "nope=x"], "--keys nope=x: must be NAME=KEY, with a NAME of"),
-                          (["--keys", "question=source"], 'question=source: there is a "question" already; --drop')):
+                          (["--keys", "question=source"], 'there is a "question" already; --drop question')):
         status, _, error = run(tmp_path, capsys, tmp_path / "d.jsonl", "--overwrite", *flags, *more)
         assert status == 2 and message in error
 
 
 def test_of_labelled_completions_the_true_ones_are_kept_where_the_flag_says_so(tmp_path, capsys):
-    rows = [{"prompt": f"Q{i}", "completion": "a", "label": label} for i, label in enumerate([True, "false", 1, 0])]
+    rows = [{"prompt": f"Q{i}", "completion": "a", "label": x} for i, x in enumerate([True, "false", 1, 0])]
     path = write(tmp_path / "d.jsonl", *rows)
     assert "(KTO)" in run(tmp_path, capsys, path)[2] and not (tmp_path / "out.jsonl").exists()
     _, out, _ = run(tmp_path, capsys, path, "--label", "label")
-    assert 'd.jsonl: dropped 2 with a false "label" (2, 4)' in out and out.endswith("--loss sft --data out.jsonl\n")
+    assert 'dropped 2 with a false "label" (2, 4)' in out and out.endswith("--loss sft --data out.jsonl\n")
     assert [prompt for prompt, *_ in texts(tmp_path / "out.jsonl", alone=True)] == ["Q0", "Q2"]
-    status, _, error = run(tmp_path, capsys, write(tmp_path / "p.jsonl", pair()), "--label", "x", "--overwrite")
-    assert status == 2 and '--label x: needs one response and a "x", true or false' in error
+    for record in (pair(x=True), RECORDS["completions"], RECORDS["completions"] | {"x": "maybe"}):
+        with pytest.raises(DataError, match='--label x: needs one response and a "x", true or false'):
+            convert.Converter(label="x").convert(record)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
-RECORDS = [pair(f"Q{i}", f"good\n{i}, é", f'bad "{i}"') for i in range(3)]
-EXPECTED = [tuple(record.values()) for record in RECORDS]
-JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
-ARRAY = json.dumps(RECORDS, indent=1).encode()
+ROWS = [pair(f"Q{i}", f"good\n{i}, é", f'bad "{i}"') for i in range(3)]
+TEXTS = [tuple(record.values()) for record in ROWS]
+JSONL = "".join(json.dumps(record) + "\n" for record in ROWS).encode()
+ARRAY = json.dumps(ROWS, indent=1).encode()
 BOM = b"\xef\xbb\xbf"
 
 
@@ -327,17 +303,17 @@ def csv_of(records, delimiter=","):
 @pytest.mark.parametrize("name, content, flags", [
     ("a.jsonl", JSONL, []), ("a.json", ARRAY, []), ("A.JSON", BOM + ARRAY, []), ("no_ending", JSONL, []),
     ("a.jsonl.gz", gzip.compress(JSONL), []), ("a.json.bz2", bz2.compress(ARRAY), []),
-    ("a.jsonl.xz", lzma.compress(JSONL), []), ("lines.json", BOM + JSONL, []), ("array.jsonl", b" \n" + ARRAY, []),
+    ("a.jsonl.xz", lzma.compress(JSONL), []), ("l.json", BOM + JSONL, []), ("a.jsonl", b" \n" + ARRAY, []),
     ("a.jsonl", BOM + JSONL.replace(b"\n", b"\r\n"), []), ("one.json", JSONL.splitlines()[0], []),
-    ("a.csv", csv_of(RECORDS), []), ("a.tsv", BOM + csv_of(RECORDS, "\t"), []),
-    ("a.csv.gz", gzip.compress(csv_of(RECORDS)), []), ("a.csv", csv_of(RECORDS, ";"), ["--delimiter", ";"])])
+    ("a.csv", csv_of(ROWS), []), ("a.tsv", BOM + csv_of(ROWS, "\t"), []),
+    ("a.csv.gz", gzip.compress(csv_of(ROWS)), []), ("a.csv", csv_of(ROWS, ";"), ["--delimiter", ";"])])
 def test_the_same_pairs_come_from_every_container(tmp_path, capsys, name, content, flags):
     (tmp_path / name).write_bytes(content)
     assert run(tmp_path, capsys, tmp_path / name, *flags)[0] == 0
-    assert texts(tmp_path / "out.jsonl") == EXPECTED[:1 if name == "one.json" else 3]
+    assert texts(tmp_path / "out.jsonl") == TEXTS[:1 if name == "one.json" else 3]
 
 
-def test_parquet_and_arrow_are_read_with_pyarrow_and_without_it_a_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+def test_parquet_and_arrow_need_pyarrow_and_without_it_a_line_says_so(tmp_path, capsys, monkeypatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist([CHAT | {"source": "x"}])
     parquet.write_table(table, tmp_path / "a.parquet")
@@ -347,16 +323,18 @@ def test_parquet_and_arrow_are_read_with_pyarrow_and_without_it_a_line_says_how_
         assert run(tmp_path, capsys, tmp_path / name, "--overwrite")[0] == 0
         assert texts(tmp_path / "out.jsonl") == [YES_NO]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-    assert "bad.parquet: not a .parquet file" in run(tmp_path, capsys, tmp_path / "bad.parquet", "--overwrite")[2]
+    error = run(tmp_path, capsys, tmp_path / "bad.parquet", "--overwrite")[2]
+    assert "bad.parquet: not a .parquet file" in error
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "needs pyarrow: pip install pyarrow" in run(tmp_path, capsys, tmp_path / "a.arrow", "--overwrite")[2]
+    error = run(tmp_path, capsys, tmp_path / "a.arrow", "--overwrite")[2]
+    assert "needs pyarrow: pip install pyarrow" in error
 
 
 @pytest.mark.parametrize("show", [json.dumps, repr])
 @pytest.mark.parametrize("record, expected", [
     (pair(turns("Hi"), says("Yes, it's"), says("No")), (P, " Yes, it's", " No")),
-    (FORMS["rankings"][0], YES_NO), (FORMS["two outputs"][0] | {"input": "x"}, ("\n\nHuman: Hi\nx" + P[11:], *YES_NO[1:])),
-    (FORMS["scored segments"][0], FORMS["scored segments"][1]), (FORMS["conversations"][0], (AB, " Yes")),
+    (RECORDS["rankings"], YES_NO), (RECORDS["two outputs"], YES_NO),
+    (RECORDS["scored segments"], EXPECTED["scored segments"]), (RECORDS["conversations"], (AB, " Yes")),
     (pair(chosen='{"a": 1}', rejected="[1, 2]"), ("Q", '{"a": 1}', "[1, 2]")),  # an answer that is JSON
     (pair(chosen='["a", "b"]', rejected='[{"x": 1}]'), ("Q", '["a", "b"]', '[{"x": 1}]')),
 ])
@@ -366,21 +344,21 @@ def test_a_cell_is_parsed_only_where_a_form_wants_a_list(tmp_path, capsys, show,
     assert run(tmp_path, capsys, tmp_path / "a.csv")[0] == 0
     assert texts(tmp_path / "out.jsonl", alone=len(expected) == 2) == [(*expected, "")[:3]] * 2
     if show is json.dumps and isinstance(record.get("prompt"), list):  # else the column stays text
-        (tmp_path / "a.csv").write_bytes(csv_of([row, row | {"chosen": "[see below"}, row | {"prompt": "[1]"}]))
+        (tmp_path / "a.csv").write_bytes(csv_of([row, row | {"chosen": "[see below"}]))
         assert [r["chosen"] for _, r in records.read(tmp_path / "a.csv")][1] == "[see below"
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.csv", b"prompt;chosen;rejected\na;b;c\n", "one column, \"prompt;chosen;rejected\"; if that is several: --delimiter ';'"),
+    ("a.csv", b"prompt;chosen\na;b\n", "one column, \"prompt;chosen\"; if that is several: --delimiter ';'"),
     ("a.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", 'a.csv: the column "chosen" twice'),
     ("a.csv", b"prompt,chosen,rejected\na,b,c,d\n", "a.csv: row 1: more cells than the header"),
     ("a.csv", b"prompt,chosen,rejected\na,b\n", "a.csv: row 1: fewer cells than the header"),
     ("a.csv", b"prompt,chosen,rejected\n\xff,b,c\n", "a.csv: not a table in UTF-8"),
     ("a.json", b"{\n}", "a.json: one JSON value over several lines"), ("a.json", b"[1,", "a.json: not JSON"),
-    ("a.json", b"[" * 100_000, "a.json: not JSON"), ("a.json", b"[1]", "a.json: item 1: a record must be an object"),
-    ("a.jsonl", JSONL + b"\xff\n", "a.jsonl:4: not UTF-8"), ("a.jsonl", JSONL + b"{\n", "a.jsonl:4: not JSON"),
+    ("a.json", b"[" * 100_000, "a.json: not JSON"), ("a.json", b"[1]", "a.json: item 1: a record must be"),
+    ("a.jsonl", JSONL + b"\xff\n", "a.jsonl:4: not UTF-8"), ("a.jsonl", JSONL + b"{\n", ":4: not JSON"),
     ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', 'a.jsonl:1: not JSON (the key "prompt" twice)'),
-    ("a.jsonl", b'{"prompt": "Q", "chosen": [{"text": "a", "scores": [NaN]}], "rejected": "b"}', "found [nan]"),
+    ("a.jsonl", b'{"prompt": "", "chosen": [{"text": "a", "scores": [NaN]}], "rejected": "b"}', "[nan]"),
     ("a.zip", b"PK", "a.zip: unpack it first"), ("a.jsonl", b"", "a.jsonl: no record is left"),
     ("a.jsonl", b'{"x": ' + b"[" * 900 + b"]" * 900 + b"}", "a.jsonl:1: nested too deeply"),
     ("a.jsonl", JSONL + b'{"prompt": "a", "response": "b"}', "records with one answer and with two"),
@@ -399,12 +377,12 @@ def test_of_a_folder_each_file_that_is_meant_is_named_and_errors_name_the_origin
     for name in ("train.jsonl", "evaluation.jsonl"):
         (folder / name).write_bytes(LINES)
     status, _, error = run(tmp_path, capsys, folder)
-    assert status == 2 and "name those that are meant: data/evaluation.jsonl data/train.jsonl" in error.replace("//", "/")
+    assert status == 2 and "name those that are meant: data/evaluation.jsonl data/train.jsonl" in error
     status, out, _ = run(tmp_path, capsys, folder / "train.jsonl", folder / "evaluation.jsonl")
     assert status == 0 and "wrote out.jsonl: 6 records" in out
     bad = write(folder / "bad.jsonl", pair(), *[pair(x=1)] * 3, *({f"key{i}": 1} for i in range(12)))
     lines = run(tmp_path, capsys, folder / "train.jsonl", bad, "--overwrite")[2].splitlines()
-    assert lines[0].startswith('convert: data/bad.jsonl:2: perhaps part') and lines[0].endswith("(and 2 more like it)")
+    assert lines[0].startswith("convert: data/bad.jsonl:2: per") and lines[0].endswith("(and 2 more like it)")
     assert lines[10:] == ["... and 3 more", "nothing is written, for 15 of 19 records are refused"]
     assert len(texts(tmp_path / "out.jsonl")) == 6  # as it was
 
@@ -429,13 +407,15 @@ def test_a_bad_flag_is_one_line_and_no_file_is_touched(tmp_path, capsys, monkeyp
     assert Path("old.jsonl").read_bytes() == LINES
 
 
-@pytest.mark.parametrize("form, loss", [("questions", "dpo"), ("scored segments", "2d-dpo"), ("completions", "sft")])
-def test_the_last_line_is_a_command_that_trains(tmp_path, capsys, model_a, form, loss):  # noqa: F811
-    rows = [FORMS[form][0] | {("question" if form == "questions" else "prompt"): f"Q{i}"} for i in range(6)]
-    _, out, _ = run(tmp_path, capsys, write(tmp_path / "d.jsonl", *rows), out="o ut.jsonl")
-    python, script, *flags = shlex.split(out.splitlines()[-1].replace("'o ut", f"'{tmp_path}/o ut"))
+@pytest.mark.parametrize("form, key, loss", [
+    ("questions", "question", "dpo"), ("scored segments", "prompt", "2d-dpo"), ("outputs", "prompt", "sft")])
+def test_the_last_line_trains(tmp_path, capsys, monkeypatch, model_a, form, key, loss):  # noqa: F811
+    path = write(tmp_path / "d.jsonl", *(RECORDS[form] | {key: f"Q{i}"} for i in range(6)))
+    monkeypatch.chdir(tmp_path)
+    assert convert.main([str(path), "--out", "o ut.jsonl"]) == 0
+    python, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert [python, script, *flags[:2]] == ["python", "train.py", "--loss", loss]
-    train.main([*flags, "--init", str(model_a), "--out_dir", str(tmp_path / "run"), "--steps", "1", "--device", "cpu"])
+    train.main([*flags, "--init", str(model_a), "--steps", "1", "--device", "cpu"])
     assert "5 are left to train on" in capsys.readouterr().out
 
 
@@ -444,30 +424,32 @@ def test_the_last_line_is_a_command_that_trains(tmp_path, capsys, model_a, form,
 
 
 def test_turns_are_messages_that_render_to_the_same_text_or_are_refused():
-    for chosen, rejected in ((P + " Yes", P + " No"), (AB + " Yes", AB + "  No"), (SYSTEM_P + " a", SYSTEM_P + " b")):
-        record = {"chosen": chosen, "rejected": rejected}
-        made = convert.Converter(turns=True).convert(record)
-        assert isinstance(made["prompt"], list) and trained_on(record, turns=True) == trained_on(record)
-    for record in ({"chosen": P + "Yes", "rejected": P + " No"}, {"chosen": "x" + P + " Yes", "rejected": "x" + P + " No"},
-                   {"chosen": P + " Yes\n\nHuman: B", "rejected": P + " No"}, pair(),
-                   {"chosen": "\n\nHuman:Hi\n\nAssistant: a", "rejected": "\n\nHuman:Hi\n\nAssistant: b"}):
+    for prompt, yes in ((P, " Yes"), (AB, "  Yes"), (SYSTEM_P, " Yes\n")):
+        record = {"chosen": prompt + yes, "rejected": prompt + " No"}
+        assert isinstance(convert.Converter(turns=True).convert(record)["prompt"], list)
+        assert trained_on(record, turns=True) == trained_on(record)
+    for prompt, yes in ((P, "Yes"), ("x" + P, " Yes"), (P, " Yes\n\nHuman: B"), (P.replace(": ", ":"), " A")):
         with pytest.raises(convert.Unclear, match="do not render to the same text"):
-            convert.Converter(turns=True).convert(record)
+            convert.Converter(turns=True).convert({"chosen": prompt + yes, "rejected": prompt + " No"})
 
 
 @real_data
 @pytest.mark.slow
 def test_the_official_transcripts_give_exactly_the_ids_of_their_text(tmp_path, capsys):
-    """Prompt up to the last "\\n\\nAssistant:" that both share, then the response with its space."""
-    tokenizer, hh = data.Tokenizer(SHARED / "gpt2-bpe"), SHARED / "hh" / "harmless-base-test.jsonl.gz"
-    assert run(tmp_path, capsys, hh)[0] == run(tmp_path, capsys, hh, "--turns", "--drop_unclear", out="t.jsonl")[0] == 0
+    """Prompt up to the last "\n\nAssistant:" that both share, then the response with its space."""
+    official = gzip.open(SHARED / "hh" / "harmless-base-test.jsonl.gz", "rt", encoding="utf-8").readlines()
+    lines = official[::10] + [official[i - 1] for i in (1255, 1689, 1953, 2037)]  # answers of several turns
+    hh, tokenizer = write(tmp_path / "hh.jsonl", *map(str.rstrip, lines)), data.Tokenizer(SHARED / "gpt2-bpe")
+    assert run(tmp_path, capsys, hh)[0] == 0
+    assert run(tmp_path, capsys, hh, "--turns", "--drop_unclear", out="t.jsonl")[0] == 0
     plain, as_turns = (data.load([tmp_path / name], tokenizer, 1024)[0] for name in ("out.jsonl", "t.jsonl"))
-    official = [json.loads(line) for line in gzip.open(hh, "rt", encoding="utf-8")]
+    ids = set()
     for p in plain:
-        for side in PAIR:
-            text = official[int(p.where.rpartition(":")[2]) - 1][side]
-            prompt, response = tokenizer.decode(p.prompt), tokenizer.decode(getattr(p, side)[:-1])
-            assert prompt + response == text and prompt.endswith("\n\nAssistant:")
-    ids = {p.prompt.tobytes() + p.chosen.tobytes() + p.rejected.tobytes() for p in plain}
-    assert len(plain) == 2308 and len(as_turns) == 2303
-    assert np.all([p.prompt.tobytes() + p.chosen.tobytes() + p.rejected.tobytes() in ids for p in as_turns])
+        record = json.loads(lines[int(p.where.rpartition(":")[2]) - 1])
+        for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            prompt = tokenizer.decode(p.prompt)
+            assert prompt + tokenizer.decode(getattr(p, side)[:-1]) == record[side]
+            assert prompt.endswith("\n\nAssistant:") and record[other].startswith(prompt)
+        ids.add(p.prompt.tobytes() + p.chosen.tobytes() + p.rejected.tobytes())
+    assert len(plain) > 200 and len(plain) - len(as_turns) == 5
+    assert all(p.prompt.tobytes() + p.chosen.tobytes() + p.rejected.tobytes() in ids for p in as_turns)

@@ -1,23 +1,19 @@
 """data.py from token ids to the arguments of a loss: grids and sums written out by hand, order, hold-out.
 
-Files are tested in test_formats.py, vocabularies in test_vocab.py.
+Files are tested in test_pairs.py, vocabularies in test_vocab.py.
 """
 
 import base64
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from data import Pair, collate, pair_terms, predicting_columns
+from data import Pair, collate, predicting_columns
 
-ROOT = Path(__file__).resolve().parents[1]
 BYTES = data.Tokenizer("bytes")
 EOT = 256
 
@@ -33,7 +29,7 @@ def make_pair(prompt, chosen, rejected, chosen_segment=None, rejected_segment=No
         return np.array(default if x is None else x, dtype=np.int32)
 
     def scores(x):
-        return np.zeros((1, 0), dtype=np.float32) if x is None else np.array(x, dtype=np.float32)
+        return np.zeros((1, 0)) if x is None else np.array(x, dtype=np.float64)
 
     return Pair(ints(prompt), ints(chosen), ints(rejected), ints(chosen_segment, [0] * len(chosen)),
                 ints(rejected_segment, [0] * len(rejected)), scores(chosen_scores), scores(rejected_scores))
@@ -105,8 +101,8 @@ def test_a_token_sees_the_prompt_and_its_own_branch_up_to_itself():
         "x..x....",  # rejected
         "x..xx...",
         "x..xxx..",
-        "......x.",  # padding sees something (no NaN), and no response sees padding
-        "......xx",
+        "x.....x.",  # padding sees something (no NaN), and no response sees padding
+        "x.....xx",
     ]
 
 
@@ -153,42 +149,8 @@ def test_rows_are_padded_to_a_multiple_and_nothing_else_changes():
         assert torch.equal(getattr(padded, name), getattr(plain, name)), name
 
 
-def test_a_packed_row_holds_the_same_pairs_back_to_back():
-    rows, packed = collate(TWO_PAIRS), collate(TWO_PAIRS, multiple=20, packed=True)
-    assert len(packed) == 2 and packed.tokens.shape == (1, 20)
-    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5, 0, 6, 0] + [1, 7, 0, 8, 9, 0] + 6 * [0]]
-    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4] + [0, 1, 2, 1, 2, 3] + 6 * [0]]
-    assert packed.branch.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2] + [0, 1, 1, 2, 2, 2] + 6 * [3]]
-    assert packed.owner.tolist() == [8 * [0] + 6 * [1] + 6 * [2]]
-    assert packed.source.tolist() == [10 * [0], [2, 3, 4, 2, 6] + [8, 9, 8, 11, 12]]
-    for name in ("target", "response", "segment", "scores", "segment_mask", "length", "pair"):
-        assert torch.equal(getattr(packed, name), getattr(rows, name)), name
-
-
-def test_a_pair_of_a_packed_row_sees_what_it_sees_in_a_row_of_its_own():
-    own, mask = collate(TWO_PAIRS).mask()[:, 0], collate(TWO_PAIRS, packed=True).mask()[0, 0]
-    assert torch.equal(mask[:8, :8], own[0]) and torch.equal(mask[8:, 8:], own[1, :6, :6])
-    assert not mask[:8, 8:].any() and not mask[8:, :8].any()
-
-
-@pytest.mark.parametrize("multiple", [data.TILE, 10 * data.TILE])  # without and with tiles of padding alone
-@pytest.mark.parametrize("branched", [True, False])
-def test_the_tiles_of_a_packed_row_hold_its_mask_and_little_else(multiple, branched):
-    g = np.random.default_rng(0)
-    pairs = [make_pair([1] * p, [2] * c, [3] * r) for p, c, r in g.integers(1, 150, (5, 3))]
-    if not branched:
-        packed = data.pack(pairs).chosen_only()
-        pairs = [packed[i] for i in range(5)]
-    batch = collate(pairs, multiple, packed=True)
-    tiles, tile = batch.block_mask(), data.TILE
-    needed = batch.mask()[0, 0].unflatten(1, (-1, tile)).unflatten(0, (-1, tile)).any(-1).any(1)
-    assert torch.equal(tiles.to_dense()[0, 0].bool(), needed) and len(needed) > 5
-    row, column = torch.zeros((), dtype=torch.long), torch.arange(batch.tokens.shape[1])
-    assert torch.equal(tiles.mask_mod(row, row, column[:, None], column), batch.mask()[0, 0])
-
-
-def test_chosen_only_is_a_causal_row_of_prompt_and_chosen():
-    pairs = data.pack(TWO_PAIRS).chosen_only()
+def test_a_row_of_sft_is_a_causal_row_of_prompt_and_chosen():
+    pairs = data.pack(TWO_PAIRS).without_scores(chosen_only=True)
     batch = collate([pairs[i] for i in range(2)])
     assert pairs.lengths.tolist() == [6, 3] and pairs[0].where == TWO_PAIRS[0].where
     assert pairs.n_aspects == 0 and pairs[0].rejected_scores.shape == (0, 0)
@@ -228,13 +190,18 @@ def test_moving_a_batch_keeps_everything():
 LOGPS = 2.0 ** torch.arange(10, dtype=torch.float64)  # 1 2 4 | 8 16 || 32 64 | 128 256 512
 
 
+def terms_of(batch, pairs, logps, ref_logps=None, kl=None, **more):
+    tokens = {"logps": logps, "ref_logps": ref_logps, "kl": kl}
+    return data.pair_terms(batch, pairs, **{k: x for k, x in tokens.items() if x is not None}, **more)
+
+
 def lists(terms):
     return {name: value.tolist() for name, value in terms.items()}
 
 
 def test_without_scores_the_terms_are_sums_over_the_responses_and_their_lengths():
     batch = collate(list(data.pack(TWO_PAIRS).without_scores()))
-    assert lists(pair_terms(batch, slice(0, 2), LOGPS, 10 * LOGPS, 100 * LOGPS)) == {
+    assert lists(terms_of(batch, slice(0, 2), LOGPS, 10 * LOGPS, 100 * LOGPS)) == {
         "chosen_logps": [1 + 2 + 4, 32 + 64], "rejected_logps": [8 + 16, 128 + 256 + 512],
         "ref_chosen_logps": [70, 960], "ref_rejected_logps": [240, 8960],
         "chosen_seq_kl": [700, 9600], "rejected_seq_kl": [2400, 89600],
@@ -243,7 +210,7 @@ def test_without_scores_the_terms_are_sums_over_the_responses_and_their_lengths(
 
 
 def test_with_scores_the_terms_are_sums_over_the_segments_with_rewards_and_masks():
-    terms = pair_terms(collate(TWO_PAIRS), slice(0, 2), LOGPS, 10 * LOGPS, 100 * LOGPS)
+    terms = terms_of(collate(TWO_PAIRS), slice(0, 2), LOGPS, 10 * LOGPS, 100 * LOGPS)
     assert lists(terms) == {
         "chosen_logps": [[1 + 2, 4], [32 + 64, 0]], "rejected_logps": [[8 + 16, 0], [0, 128 + 256 + 512]],
         "ref_chosen_logps": [[30, 40], [960, 0]], "ref_rejected_logps": [[240, 0], [0, 8960]],
@@ -257,7 +224,7 @@ def test_with_scores_the_terms_are_sums_over_the_segments_with_rewards_and_masks
 
 @pytest.mark.parametrize("weights", [(0.25, 0.75), torch.tensor([0.25, 0.75]), np.array([0.25, 0.75])])
 def test_aspect_weights_weigh_the_scores(weights):
-    terms = pair_terms(collate(TWO_PAIRS), slice(0, 2), LOGPS, None, None, aspect_weights=weights)
+    terms = terms_of(collate(TWO_PAIRS), slice(0, 2), LOGPS, None, None, aspect_weights=weights)
     assert terms["chosen_rewards"].tolist() == [[0.25 * 2 + 0.75 * 8, 0.25 * 4 + 0.75 * 6], [5, 0]]
     assert terms["rejected_rewards"].tolist() == [[0.25 * 1 + 0.75 * 3, 0], [9, 7]]
 
@@ -268,7 +235,7 @@ def test_aspect_weights_weigh_the_scores(weights):
 ])
 def test_what_is_not_known_is_not_among_the_terms_and_the_rest_is_the_same(ref_logps, kl, absent):
     for pairs in (TWO_PAIRS, list(data.pack(TWO_PAIRS).without_scores())):
-        every, some = (lists(pair_terms(collate(pairs), slice(0, 2), LOGPS, *rest))
+        every, some = (lists(terms_of(collate(pairs), slice(0, 2), LOGPS, *rest))
                        for rest in ((LOGPS, LOGPS), (ref_logps, kl)))
         assert some == {name: value for name, value in every.items() if name not in absent}
         assert len(every) - len(some) == len(absent)
@@ -279,19 +246,19 @@ def test_a_slice_in_the_middle_of_a_batch_gives_the_terms_of_its_pairs_alone(sco
     three = [TWO_PAIRS[1], TWO_PAIRS[0], TWO_PAIRS[1]]
     three = three if scored else list(data.pack(three).without_scores())
     logps = 2.0 ** torch.arange(15, dtype=torch.float64)
-    whole = pair_terms(collate(three), slice(0, 3), logps, logps, logps)
+    whole = terms_of(collate(three), slice(0, 3), logps, logps, logps)
     for pairs in (slice(1, 2), slice(1, 3), slice(2, 3)):
         n = slice(5 * pairs.start, 5 * pairs.stop)
-        part = pair_terms(collate(three), pairs, logps[n], logps[n], logps[n])
+        part = terms_of(collate(three), pairs, logps[n], logps[n], logps[n])
         assert lists(part) == {name: value[pairs].tolist() for name, value in whole.items()}
-    middle = pair_terms(collate(three), slice(1, 2), logps[5:10], None, None)
+    middle = terms_of(collate(three), slice(1, 2), logps[5:10], None, None)
     assert middle["chosen_logps"].tolist() == ([[32 + 64, 128]] if scored else [32 + 64 + 128])
     assert middle["rejected_logps"].tolist() == ([[256 + 512, 0]] if scored else [256 + 512])
 
 
 def test_the_sums_pass_gradients_to_their_tokens():
     logps = LOGPS.clone().requires_grad_()
-    terms = pair_terms(collate(TWO_PAIRS), slice(0, 2), logps, None, None)
+    terms = terms_of(collate(TWO_PAIRS), slice(0, 2), logps, None, None)
     (terms["chosen_logps"][0, 1] + 3 * terms["rejected_logps"][1, 1]).backward()
     assert logps.grad.tolist() == [0, 0, 1, 0, 0, 0, 0, 3, 3, 3]
 
@@ -310,6 +277,23 @@ def test_segments_are_counted_in_bytes_not_in_characters():
     p = encode([("é",), ("ü!",), ("日",)])
     #                                  é     ü     !  日          eot
     assert p.chosen_segment.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_messages_are_rendered_and_their_responses_get_a_lead_that_the_first_segment_owns():
+    messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
+    text = "\n\nSystem: s\n\nHuman: u\n\nAssistant: a\n\nHuman: u\n\nAssistant:"
+    assert BYTES.render(messages) == text
+    assert BYTES.encode_prompts([messages, text, ""]) == [BYTES.encode(text)] * 2 + [[EOT]]
+    for first, owners in (("ab", [0, 0, 0, 1, 1]), ("", [0, 1, 1])):
+        p, plain = (encode([(first,), ("c",)], "x", prompt) for prompt in (messages, text))
+        assert BYTES.decode(p.chosen) == " " + BYTES.decode(plain.chosen) and (p.prompt == plain.prompt).all()
+        assert p.chosen_segment.tolist() == owners and BYTES.decode(p.rejected) == " x<|endoftext|>"
+
+
+def test_for_sft_no_rejected_response_is_kept():
+    [p] = data.encode_pairs(BYTES, [("f:1", "Q", [("a", None)], None)], 10)
+    assert p.chosen.tolist() == [ord("a"), EOT] and collate([p]).length.tolist() == [[2, 0]]
+    assert len(p.rejected) == len(p.rejected_segment) == len(p.rejected_scores) == 0
 
 
 def test_an_empty_segment_owns_no_token_and_is_masked_but_the_last_one_owns_end_of_text():
@@ -366,7 +350,7 @@ def test_flat_storage_returns_every_pair_as_it_was():
 
 def test_a_data_set_with_one_unscored_pair_counts_as_unscored():
     packed = data.pack([*TWO_PAIRS, make_pair([1], [2, 0], [3, 0])])
-    assert packed.n_aspects == 0 and packed.scores.shape == (len(packed.segments), 0)
+    assert packed.n_aspects == 0
     assert [p.chosen_scores.shape for p in packed] == [(2, 0), (1, 0), (1, 0)]
 
 
@@ -381,11 +365,10 @@ def test_the_maximum_of_an_aspect_is_taken_over_both_sides_of_these_pairs():
 def test_normalised_scores_are_divided_by_the_maximum_and_badness_turns_the_rejected_side():
     pairs = data.pack([encode([("a", 4), ("b", 1)], [("c", 3)]), encode([("a", 2)], [("c", 0), ("d", 4)])])
     for badness, rejected in ((False, [[[0.75]], [[0], [1]]]), (True, [[[0.25]], [[1], [0]]])):
-        after = pairs.normalised(pairs.score_maximum(), badness, np.float64)
-        assert after.scores.dtype == np.float64
+        after = pairs.normalised(pairs.score_maximum(), badness)
         assert [p.chosen_scores.tolist() for p in after] == [[[1], [0.25]], [[0.5]]]
         assert [p.rejected_scores.tolist() for p in after] == rejected
-    assert pairs.scores.ravel().tolist() == [4, 1, 3, 2, 0, 4]  # the pairs themselves are left as they are
+    assert pairs[0].rejected_scores.tolist() == [[3]]  # the pairs themselves are left as they are
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -435,12 +418,6 @@ def test_micro_batches_hold_the_same_pairs_longest_first():
             assert len(m) == 6 or n + pairs.lengths[m].max() > tokens, (m, following)
     tiles = data.micro_batches(pairs, index, tokens=256, multiple=128)  # as collate will pad them
     assert [len(m) for m in tiles] == 15 * [2] + [1]
-    for tokens in (pairs.lengths[flat[:3]].sum(), 250):  # packed, the lengths themselves are summed
-        micro = data.micro_batches(pairs, index, tokens=tokens, packed=True)
-        sums = [pairs.lengths[m].sum() for m in micro]
-        assert np.concatenate(micro).tolist() == flat.tolist() and max(sums) <= tokens
-        for n, following in zip(sums, micro[1:], strict=False):
-            assert n + pairs.lengths[following[0]] > tokens
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -494,28 +471,3 @@ def test_one_pair_or_the_same_pair_again_and_again_cannot_be_split():
         with pytest.raises(data.DataError, match="no group of pairs is small enough to hold out"):
             data.hold_out(pairs)
 
-
-# ---------------------------------------------------------------------------------------------------------
-
-
-def test_losses_and_the_tensor_half_need_torch_and_numpy_only():
-    code = """if True:
-        import sys
-        for name in ("tiktoken", "tqdm", "safetensors", "filelock", "matplotlib"):
-            sys.modules[name] = None  # importing it is an ImportError
-        import numpy as np, torch
-        import losses, data
-        ids, scores = np.array([1, 0], dtype=np.int32), np.zeros((1, 0), dtype=np.float32)
-        pairs = data.pack(data.Pair(ids, ids, ids + i, ids * 0, ids * 0, scores, scores) for i in range(20))
-        train, held = data.hold_out(pairs)
-        [index] = data.micro_batches(train, data.step_indices(len(train), 2, 0, 0), 2)
-        batch = data.collate([train[i] for i in index])
-        zeros = torch.zeros(8)
-        terms = data.pair_terms(batch, slice(0, 2), zeros, zeros, zeros)
-        loss = losses.LOSSES["tdpo1"]
-        print(loss(*(terms[name] for name in losses.terms_of(loss)), beta=0.1).tolist())
-        print(sorted(name for name in sys.modules if name.partition(".")[0] == "plumbing"))
-    """
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout.splitlines() == ["[0.6931471824645996, 0.6931471824645996]", "[]"], run.stderr

@@ -7,11 +7,17 @@ sums, never by losses.py.
 
 import itertools
 import math
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 import losses
+import train
+from model import GPT, GPTConfig
+from plumbing.reference import Reference
 
 BETA, LAM, ALPHA = 0.4, 3.0, 0.3
 HYPER = {
@@ -21,7 +27,6 @@ HYPER = {
 TERMS = {name: losses.terms_of(losses.LOSSES[name]) for name in HYPER}
 V = 5                                                               # tokens in the vocabulary
 
-# ---------------------------------------------------------------------------------------------------------
 # Helpers: one pair, 4 chosen tokens in segments 0 0 1 1, 3 rejected tokens in segments 0 1 1
 
 
@@ -105,7 +110,6 @@ def e_minus_s(z, y):
     return one_hot(y) - softmax(z)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # On logits
 
 
@@ -133,63 +137,25 @@ def test_values_and_logit_gradients_of_the_sequence_losses():
             close(grad_l, g_of(h) * down)
 
 
-def test_dpop_hinge_is_on_the_sequence_not_on_each_token():
-    """A chosen response above the reference as a whole, one token below it: DPO's gradient everywhere."""
-    z_w, z_l, q_w, q_l = logit_pair(3, True)
-    z_w = (z_w.detach() - 3.0 * one_hot(Y_W) * torch.tensor([[0.0], [1.0], [0.0], [0.0]])).requires_grad_()
-    rho = logratio(z_w, q_w, Y_W)
-    assert rho[1] < -0.5 and rho.sum() > 0.5
-    pair = z_w, z_l, q_w, q_l
-    for a, b in zip(logit_gradients("dpop", pair), logit_gradients("dpo", pair), strict=True):
-        close(a, b)
-
-
 def test_tdpo1_reward_is_linear_in_the_logits():
     """rho_t + K_t = (z_y - sum_v q_v z_v) - (log q_y + H(q)), the reason for the cancellation."""
     z_w, _, q_w, _ = logit_pair(5)
-    q = softmax(q_w)
+    q, taken = softmax(q_w), (torch.arange(4), Y_W)
     left = losses.token_logps(z_w, Y_W) - losses.token_logps(q_w, Y_W) + losses.token_kl(q_w, z_w)
-    entropy, taken = -(q * q.log()).sum(-1), (torch.arange(4), Y_W)
-    close(left, (z_w[taken] - (q * z_w).sum(-1)) - (q[taken].log() + entropy))
+    close(left, (z_w[taken] - (q * z_w).sum(-1)) - (q[taken].log() - (q * q.log()).sum(-1)))
 
 
-def test_tdpo2_at_alpha_1_differs_from_tdpo1_on_chosen_logits_by_g_times_s_minus_q():
-    """The value and the rejected gradients are TDPO1's; on chosen logits TDPO2 lacks K_w's -g(s - q)."""
-    pair = z_w, _, q_w, _ = logit_pair(7)
-    loss = loss_of("tdpo1", *pair)
-    close(loss_of("tdpo2", *pair, alpha=1.0), loss)
-    one, two = logit_gradients("tdpo1", pair), logit_gradients("tdpo2", pair, alpha=1.0)
-    close(two[1], one[1])
-    g = BETA * (1.0 - math.exp(-float(loss.detach())))              # sigma(-h) = 1 - e^-L
-    close(two[0] - one[0], g * (softmax(z_w) - softmax(q_w)))
-
-
-def test_2d_logit_gradients_are_dpos_times_the_segments_reward():
-    """Vanilla: -g r_k (e - s), +g r_k (e - s); a token in no segment gets exactly 0. Group: a g for each pair
-    of segments, best chosen (0.9) with worst rejected (0.2), then 0.4 with 0.7; unselected tokens get 0.
-    """
+def test_2d_vanilla_logit_gradients_are_dpos_times_the_segments_reward():
+    """-g r_k (e - s), +g r_k (e - s); a token in no segment gets exactly 0."""
     pair = z_w, z_l, q_w, q_l = logit_pair(8)
-    rho_w, rho_l = logratio(z_w, q_w, Y_W), logratio(z_l, q_l, Y_L)
-    none = torch.tensor([0, 2, 1, 1])                               # the second chosen token is in no segment
-    for segment_w, weight_w in ((SEGMENT_W, [0.9, 0.9, 0.4, 0.4]), (none, [0.9, 0.0, 0.4, 0.4])):
-        weight_w, weight_l = (torch.tensor(x, dtype=torch.float64) for x in (weight_w, [0.7, 0.2, 0.2]))
-        h = BETA * float((weight_w * rho_w).sum() - (weight_l * rho_l).sum())
-        close(loss_of("2d-dpo-vanilla", *pair, segment_w=segment_w), -math.log(sigma(h)))
-        grad_w, grad_l = logit_gradients("2d-dpo-vanilla", pair, segment_w=segment_w)
-        close(grad_w, -g_of(h) * weight_w[:, None] * e_minus_s(z_w, Y_W))
-        close(grad_l, g_of(h) * weight_l[:, None] * e_minus_s(z_l, Y_L))
-        assert (grad_w[weight_w == 0] == 0).all()
-    h = [BETA * float(0.9 * rho_w[:2].sum() - 0.2 * rho_l[1:].sum()),
-         BETA * float(0.4 * rho_w[2:].sum() - 0.7 * rho_l[:1].sum())]
-    close(loss_of("2d-dpo", *pair), -math.log(sigma(h[0])) - math.log(sigma(h[1])))
-    g = [g_of(x) for x in h]
-    grad_w, grad_l = logit_gradients("2d-dpo", pair)
-    close(grad_w[:2], -g[0] * 0.9 * e_minus_s(z_w, Y_W)[:2])
-    close(grad_w[2:], -g[1] * 0.4 * e_minus_s(z_w, Y_W)[2:])
-    close(grad_l[:1], g[1] * 0.7 * e_minus_s(z_l, Y_L)[:1])
-    close(grad_l[1:], g[0] * 0.2 * e_minus_s(z_l, Y_L)[1:])
-    grad_w, grad_l = logit_gradients("2d-dpo", pair, segment_l=torch.zeros_like(Y_L), r_l=R_L[:1])
-    assert (grad_w[2:] == 0).all() and (grad_w[:2] != 0).all() and (grad_l != 0).all()
+    weight_w, weight_l = (torch.tensor(x, dtype=torch.float64) for x in ([0.9, 0, 0.4, 0.4], [0.7, 0.2, 0.2]))
+    h = BETA * float((weight_w * logratio(z_w, q_w, Y_W)).sum() - (weight_l * logratio(z_l, q_l, Y_L)).sum())
+    segment_w = torch.tensor([0, 2, 1, 1])                          # the second chosen token is in no segment
+    close(loss_of("2d-dpo-vanilla", *pair, segment_w=segment_w), -math.log(sigma(h)))
+    grad_w, grad_l = logit_gradients("2d-dpo-vanilla", pair, segment_w=segment_w)
+    close(grad_w, -g_of(h) * weight_w[:, None] * e_minus_s(z_w, Y_W))
+    close(grad_l, g_of(h) * weight_l[:, None] * e_minus_s(z_l, Y_L))
+    assert (grad_w[1] == 0).all()
 
 
 def test_a_constant_added_to_the_logits_of_a_position_changes_no_loss():
@@ -218,7 +184,6 @@ def test_at_the_reference_every_loss_is_log_2_with_dpos_gradient():
             assert (logit_gradients(name, pair)[0] - dpo[0]).abs().max() > 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------
 # On sequence log-probabilities: shifts and swaps
 
 
@@ -237,68 +202,16 @@ def test_dpo_and_tdpo_see_only_the_difference_of_the_log_ratios_dpop_sees_more()
         assert moved > 0.1 if name == "dpop" and c < -1 else moved < 1e-12  # rho_w = 1 + c
 
 
-def swapped(x):
-    """Chosen and rejected exchanged in (w, l, ref_w, ref_l[, K_w, K_l])."""
-    return [x[i ^ 1] for i in range(len(x))]
-
-
-def swap_difference(function, args, **hyper):
-    """L(w, l) - L(l, w), and its gradient."""
-    difference = function(*args, **hyper) - function(*swapped(args), **hyper)
-    return difference, torch.cat(torch.autograd.grad(difference, args))
-
-
 def test_swapping_chosen_and_rejected_costs_minus_h():
-    """L(w, l) - L(l, w) = -h, since log sigma(h) - log sigma(-h) = h: DPO and TDPO1, value and gradient."""
-    args, kls = numbers(-9.0, -8.0, -10.0, -8.5), numbers(0.6, 1.1)
-    # rho_w = 1, rho_l = 0.5: h = 0.4 * 0.5 = 0.2; TDPO1: h = 0.2 - 0.4 * (0.9 - 0.6)
-    difference, grad = swap_difference(losses.dpo_loss, args, beta=BETA)
-    close(difference, [-0.2])
-    close(grad, [-BETA, BETA, BETA, -BETA])
-    difference, grad = swap_difference(losses.tdpo1_loss, args + numbers(0.6, 0.9), beta=BETA)
-    close(difference, [-(0.2 - 0.4 * 0.3)])
-    close(grad, [-BETA, BETA, BETA, -BETA, -BETA, BETA])
-    # TDPO2: the value follows; of each KL's -+ alpha beta one half is stopped, it stays with the chosen side
-    difference, grad = swap_difference(losses.tdpo2_loss, args + kls, beta=BETA, alpha=ALPHA)
-    h = 0.2 - 0.3 * 0.4 * 0.5
-    close(difference, [-h])
-    close(grad, [-BETA, BETA, BETA, -BETA, -ALPHA * BETA * sigma(h), ALPHA * BETA * sigma(-h)])
+    """L(w, l) - L(l, w) = -h, since log sigma(h) - log sigma(-h) = h: DPO, TDPO1 and the value of TDPO2."""
+    args = numbers(-9.0, -8.0, -10.0, -8.5, 0.6, 1.1)               # rho_w = 1, rho_l = 0.5, delta = 0.2
+    for name, h in (("dpo", 0.2), ("tdpo1", 0.2 - 0.2), ("tdpo2", 0.2 - ALPHA * 0.2)):
+        n = len(TERMS[name])
+        forth, back = (losses.LOSSES[name](*(args[k ^ swap] for k in range(n)), **HYPER[name])
+                       for swap in (0, 1))
+        close(forth - back, [-h])
 
 
-def test_swapping_is_no_identity_for_dpop_once_a_hinge_is_active():
-    """Each order has its own hinge: L - L' = -h needs rho_w >= 0 and rho_l >= 0."""
-    above, below = numbers(-9.0, -8.0, -10.0, -8.5), numbers(-9.0, -9.5, -10.0, -8.5)  # rho_l = 0.5 and -1
-    close(swap_difference(losses.dpop_loss, above, beta=BETA, lam=LAM)[0], [-BETA * 0.5])
-    # h = 0.4 (1 + 1) = 0.8; swapped: 0.4 (-1 - 1 - 3 * 1) = -2.0, not -0.8
-    close(swap_difference(losses.dpop_loss, below, beta=BETA, lam=LAM)[0],
-          [-math.log(sigma(0.8)) + math.log(sigma(-2.0))])
-
-
-def test_swapping_with_the_rewards_is_an_identity_for_2d_vanilla_but_not_for_every_group():
-    """Vanilla: L - L' = -h with the rewards swapped too. Group: -sum h_k if S_w = S_l, otherwise not.
-
-    With S_w = S_l and no ties the k-th best against the k-th worst pairs the same segments from either side.
-    """
-    logps = [x[None] for x in (-3.0 * randn(4, 2, seed=16).abs())]
-    mask, one = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)
-    r = [R_W[None], R_L[None]]                                      # (0.9, 0.4), (0.7, 0.2)
-    rho_w, rho_l = logps[0] - logps[2], logps[1] - logps[3]
-    h = BETA * float((R_W * rho_w).sum() - (R_L * rho_l).sum())     # vanilla's h, and the group's sum of h_k
-    for function in (losses.dpo2d_vanilla_loss, losses.dpo2d_loss):
-        forth = function(*logps, *r, mask, mask, beta=BETA)
-        close(forth - function(*swapped(logps), *swapped(r), mask, mask, beta=BETA), [-h])
-        unswapped = function(*swapped(logps), *r, mask, mask, beta=BETA)
-        assert (forth - unswapped + h).abs() > 1e-3
-    # two chosen segments against one rejected: the best of the two here (0.9), the worst of them there (0.4)
-    short = [x[:, :1] if i % 2 else x for i, x in enumerate(logps + r)]
-    forth = losses.dpo2d_loss(*short, mask, one, beta=BETA)
-    back = losses.dpo2d_loss(*swapped(short), one, mask, beta=BETA)
-    h = [BETA * float(weight * rho_w[0, k] - 0.7 * rho_l[0, 0]) for k, weight in ((0, 0.9), (1, 0.4))]
-    close(forth - back, [-math.log(sigma(h[0])) + math.log(sigma(-h[1]))])
-    assert abs(float(forth - back) + h[0]) > 1e-2
-
-
-# ---------------------------------------------------------------------------------------------------------
 # A prefix that both responses share: the same tokens in the same context, hence the same logits
 
 
@@ -335,7 +248,6 @@ def test_what_each_loss_does_to_a_shared_prefix():
     assert prefix_gradient("2d-dpo", None, **equal)[0].abs().max() > 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------
 # DPOP's section 3: why DPO can lower the chosen response. One token differs; the tokens after it are the
 # same, in two contexts that share a parameter: a bias b added to the logits of both
 
@@ -372,31 +284,20 @@ def test_dpop_paper_section_3_dpo_lowers_a_shared_token_and_dpop_raises_it():
     assert all((logit_gradients("dpo", logit_pair(seed))[0][one_hot(Y_W) == 1] < 0).all() for seed in (1, 30))
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Statistics, on a world that can be enumerated: responses of at most 3 of 4 tokens, token 0 ends one. A
 # policy is a table of logits, a row for each of 13 contexts: it can be any distribution over the 40 responses
 
 TOKENS, LONGEST = 4, 3
 
 
-def enumerate_world():
-    """All contexts, and all responses as tuples: they end with token 0, or at length 3."""
-    contexts, responses = [], []
-
-    def grow(prefix):
-        contexts.append(prefix)
-        for token in range(TOKENS):
-            y = prefix + (token,)
-            if token == 0 or len(y) == LONGEST:
-                responses.append(y)
-            else:
-                grow(y)
-
-    grow(())
-    return contexts, responses
+def contexts(prefix=()):
+    """All prefixes that a response may go on from."""
+    longer = range(1, TOKENS) if len(prefix) + 1 < LONGEST else ()
+    return [prefix, *(c for token in longer for c in contexts((*prefix, token)))]
 
 
-CONTEXTS, WORLD = enumerate_world()
+CONTEXTS = contexts()
+WORLD = [(*c, a) for c in CONTEXTS for a in range(TOKENS) if a == 0 or len(c) == LONGEST - 1]
 # all tokens of all responses: the row of the table that predicts it, the token, its response
 ROW = torch.tensor([CONTEXTS.index(y[:t]) for y in WORLD for t in range(len(y))])
 TOKEN = torch.tensor([token for y in WORLD for token in y])
@@ -423,12 +324,31 @@ def world_probabilities(table):
 
 def bradley_terry(r):
     """P(i beats j) of every ordered pair, Eq. 1 of DPO."""
-    return torch.tensor([sigma(x) for x in torch.sub(*both(r))], dtype=torch.float64)
+    return torch.sub(*both(r)).sigmoid()
+
+
+def q_values(r, value):
+    """Q(c, a), (13, TOKENS): r(y) where a ends a response, else value(row of the next context, its Q)."""
+    q = {}
+    for c in sorted(CONTEXTS, key=len, reverse=True):
+        q[c] = torch.stack([r[WORLD.index((*c, a))] if (*c, a) in WORLD else
+                            value(CONTEXTS.index((*c, a)), q[*c, a]) for a in range(TOKENS)])
+    return torch.stack([q[c] for c in CONTEXTS])
+
+
+def summed(per_token):
+    """The sum over each response of something (13, TOKENS) that its tokens have."""
+    return torch.zeros(len(WORLD), dtype=torch.float64).index_add(0, OF, per_token[ROW, TOKEN])
+
+
+def seq_kl(reference, policy):
+    """D_SeqKL(y; pi_ref || pi) of every response, by losses.py."""
+    return losses.segment_sum(losses.token_kl(reference, policy)[ROW], OF, len(WORLD))
 
 
 def minimise(loss, table):
     """L-BFGS to convergence."""
-    optimizer = torch.optim.LBFGS([table], max_iter=400, tolerance_grad=1e-12, tolerance_change=0,
+    optimizer = torch.optim.LBFGS([table], max_iter=150, tolerance_grad=1e-12, tolerance_change=0,
                                   history_size=50, line_search_fn="strong_wolfe")
 
     def closure():
@@ -441,99 +361,193 @@ def minimise(loss, table):
     return table.detach()
 
 
+WORLD_BETA = 0.5
+REFERENCE, REWARD = randn(13, TOKENS, seed=41), randn(40, seed=42)
+PI_REF = world_probabilities(REFERENCE)
+OPTIMUM = PI_REF * (REWARD / WORLD_BETA).exp()
+Z, OPTIMUM = OPTIMUM.sum(), OPTIMUM / OPTIMUM.sum()                 # Eq. 4 of DPO
+S_REF = softmax(REFERENCE)                                          # token by token
+Q_REF = q_values(REWARD, lambda row, q: (S_REF[row] * q).sum())
+Q_STAR = q_values(REWARD, lambda row, q: WORLD_BETA * (S_REF[row] * (q / WORLD_BETA).exp()).sum().log())
+
+
+def objective(pi):
+    """E r - beta KL(pi || pi_ref), Eq. 3 of DPO."""
+    return (pi * REWARD).sum() - WORLD_BETA * kl(pi, PI_REF)
+
+
 def test_the_world_is_complete():
     """40 responses, 13 contexts; a policy's probabilities sum to 1, and losses.py finds the same ones."""
     assert (len(WORLD), len(CONTEXTS)) == (40, 13)
-    table = randn(13, TOKENS, seed=40)
-    close(world_probabilities(table).sum(), 1.0)
-    close(world_logps(table).exp(), world_probabilities(table))
+    close(PI_REF.sum(), 1.0)
+    close(world_logps(REFERENCE).exp(), PI_REF)
+
+
+def test_1_dpo_eq_3_and_4_the_objective_of_any_policy_is_its_distance_to_the_optimum():
+    """E_pi r - beta KL(pi || pi_ref) = beta log Z - beta KL(pi || pi_r) for every pi, so pi_r is the best."""
+    for seed in range(50, 60):
+        pi = world_probabilities(2 * randn(13, TOKENS, seed=seed))
+        close(objective(pi), WORLD_BETA * Z.log() - WORLD_BETA * kl(pi, OPTIMUM), 1e-14)
+    close(objective(OPTIMUM), WORLD_BETA * Z.log(), 1e-14)
+
+
+def test_2_2d_dpo_appendix_a_the_optimum_is_a_token_level_policy():
+    """A.2-A.3: beta log pi*(a|s)/pi_ref(a|s) = Q*(s,a) - V*(s), V* = beta log E_ref e^(Q* / beta), is Eq. 4's
+    policy token by token, and V* of the prompt is beta log Z."""
+    v = WORLD_BETA * (S_REF * (Q_STAR / WORLD_BETA).exp()).sum(-1).log()
+    policy = REFERENCE + Q_STAR / WORLD_BETA
+    close(WORLD_BETA * (softmax(policy) / S_REF).log(), Q_STAR - v[:, None])
+    close(world_probabilities(policy), OPTIMUM, 1e-14)
+    close(v[CONTEXTS.index(())], WORLD_BETA * Z.log(), 1e-14)
+
+
+def test_3_2d_dpo_eq_6_is_a_sum_of_vanilla_losses():
+    """A.4: sum over k < N of the vanilla loss whose rewards are 0 outside the k-th pair of segments."""
+    pairs, s_w, s_l = 6, 4, 3
+    logps = [-3 * randn(pairs, n, seed=60 + i).abs() for i, n in enumerate((s_w, s_l, s_w, s_l))]
+    r_w, r_l = randn(pairs, s_w, seed=65).sigmoid(), randn(pairs, s_l, seed=66).sigmoid()
+    masks = [torch.arange(n) < torch.randint(1, n + 1, (pairs, 1), generator=torch.Generator().manual_seed(n))
+             for n in (s_w, s_l)]
+    i_w, i_l, paired = losses.select_segments(r_w, r_l, *masks)
+    total = torch.zeros(pairs, dtype=torch.float64)
+    for k in range(paired.shape[1]):
+        only = [torch.zeros_like(r).scatter(1, i[:, k:k + 1], r.gather(1, i[:, k:k + 1]))
+                for r, i in ((r_w, i_w), (r_l, i_l))]
+        total += paired[:, k] * losses.dpo2d_vanilla_loss(*logps, *only, *masks, beta=BETA)
+    assert len(set(paired.sum(1).tolist())) > 1
+    close(losses.dpo2d_loss(*logps, r_w, r_l, *masks, beta=BETA), total, 1e-15)
+
+
+def test_4_tdpo_lemma_the_advantages_of_the_reference_sum_to_the_reward():
+    """sum_t A_ref(s_t, a_t) = r(y) - V_ref(x): Bradley-Terry on advantages is Bradley-Terry on rewards."""
+    v = (S_REF * Q_REF).sum(-1)
+    advantages = summed(Q_REF - v[:, None])
+    close(advantages, REWARD - v[CONTEXTS.index(())], 1e-14)
+    close(v[CONTEXTS.index(())], (PI_REF * REWARD).sum(), 1e-14)
+    close(bradley_terry(advantages), bradley_terry(REWARD), 1e-14)
+
+
+def test_5_tdpo_bellman_step_per_state():
+    """Eq. 4.2's per-token problem: E_pi A - beta KL(pi || pi_ref) is least far from its maximum at
+    pi_ref e^(Q / beta) / Z, by beta KL to it, in every state and for every pi."""
+    s, best = S_REF, softmax(REFERENCE + Q_REF / WORLD_BETA)
+    a = Q_REF - (s * Q_REF).sum(-1, keepdim=True)
+
+    def value(pi):
+        return (pi * a).sum(-1) - WORLD_BETA * (pi * (pi / s).log()).sum(-1)
+
+    for seed in range(70, 80):
+        pi = softmax(2 * randn(13, TOKENS, seed=seed))
+        close(value(best) - value(pi), WORLD_BETA * (pi * (pi / best).log()).sum(-1), 1e-14)
+
+
+def population(loss, table, with_kl):
+    """A loss over all ordered pairs of responses, each as often as Bradley-Terry prefers it."""
+    kls = both(seq_kl(REFERENCE, table)) if with_kl else ()
+    terms = [*both(world_logps(table)), *both(PI_REF.log()), *kls]
+    return (bradley_terry(REWARD) * loss(*terms, beta=WORLD_BETA)).mean()
 
 
 def test_minimising_dpos_population_loss_finds_the_optimal_policy_of_eq_4():
-    """With Bradley-Terry preferences of a reward r, descent ends at pi_ref e^(r / beta) / Z, Z summed: the
-    policy that maximises E r - beta KL(pi || pi_ref) (Eq. 3).
+    """With Bradley-Terry preferences descent ends at pi_ref e^(r / beta) / Z. Eq. 5: the implicit reward is r
+    up to -beta log Z. Eq. 6: Z cancels, sigma(h) is each pair's preference, whose entropy is what is left.
     """
-    beta = 0.5
-    reference, r = randn(13, TOKENS, seed=41), randn(40, seed=42)
-    pi_ref = world_probabilities(reference)
-    ref_logps = pi_ref.log()
-    z = (pi_ref * (r / beta).exp()).sum()
-    optimum = pi_ref * (r / beta).exp() / z                         # Eq. 4
-    p = bradley_terry(r)
-
-    def population(table):
-        """Each ordered pair as often as its preference occurs; both orders of a pair are in the list."""
-        logps = world_logps(table)
-        return (p * losses.dpo_loss(*both(logps), *both(ref_logps), beta=beta)).mean()
-
-    start = reference.clone().requires_grad_()
-    close(population(start).detach(), math.log(2) / 2)              # log 2, as p and 1 - p average to 1/2
-    found = minimise(population, start)
-    close(world_probabilities(found), optimum, 1e-6)
-    # Eq. 5: the implicit reward recovers r up to one constant, -beta log Z
-    logps = world_logps(found)
-    close(beta * (logps - ref_logps) - r, torch.full((40,), -beta * float(z.log())), 1e-5)
-    # Eq. 6: Z cancels, and sigma(h) is the Bradley-Terry probability of every pair
-    h = -losses.dpo_loss(*both(logps), *both(ref_logps), beta=beta)
-    close(h.exp(), p, 1e-6)
-    close(population(found), -(p * p.log()).mean(), 1e-9)           # what is left is the preferences' entropy
-
-    def objective(pi):
-        return (pi * r).sum() - beta * kl(pi, pi_ref)
-
-    close(objective(optimum), beta * z.log())
-    assert all(objective(world_probabilities(randn(13, TOKENS, seed=s))) < objective(optimum)
-               for s in range(50, 70))
+    start = REFERENCE.clone().requires_grad_()
+    close(population(losses.dpo_loss, start, False).detach(), math.log(2) / 2)  # p and 1 - p average to 1/2
+    found = minimise(lambda table: population(losses.dpo_loss, table, False), start)
+    close(world_probabilities(found), OPTIMUM, 1e-6)
+    rewards = WORLD_BETA * (world_logps(found) - PI_REF.log())
+    close(rewards - REWARD, torch.full((40,), -WORLD_BETA * float(Z.log())), 1e-5)
+    p = bradley_terry(REWARD)
+    close(bradley_terry(rewards), p, 1e-6)
+    close(population(losses.dpo_loss, found, False), -(p * p.log()).mean(), 1e-9)
 
 
-def test_the_stationary_point_of_a_pair_seen_in_both_orders_is_the_logit_of_its_preference():
-    """p L(w, l) + (1 - p) L(l, w) is least at h = log p / (1 - p), for DPO, TDPO1 and TDPO2 alike."""
-    for p in (0.2, 0.5, 0.9):
-        for name, kls, delta in (("dpo", [], 0.0), ("tdpo1", [0.5, 1.5], 1.0), ("tdpo2", [0.5, 1.5], ALPHA)):
-            function = getattr(losses, name + "_loss")
-            rho_w = math.log(p / (1 - p)) / BETA + delta            # h = beta (rho_w - 0) - beta delta
-            slopes = []
-            for x in (rho_w - 0.1, rho_w, rho_w + 0.1):
-                args = numbers(x, 0.0, 0.0, 0.0, *kls)
-                forth, back = function(*args, **HYPER[name]), function(*swapped(args), **HYPER[name])
-                slopes.append(float(torch.autograd.grad(p * forth + (1 - p) * back, args[0])[0]))
-            assert slopes[0] < -1e-4 and abs(slopes[1]) < 1e-12 and slopes[2] > 1e-4, (name, p)
-
-
-def test_tdpo_theorem_4_5_the_token_level_optimum_explains_every_preference():
-    """pi* = pi_ref e^(Q / beta) / Z per context: sigma(u - delta) is Bradley-Terry on the summed advantages.
-
-    A(c, y) = Q(c, y) - E_ref Q(c, .). Per context beta log Z = beta KL(pi_ref || pi*) + E_ref Q, hence
-    sum_t A = beta rho + beta K. At pi* the population loss is the entropy of the preferences, gradient 0.
+def test_6_tdpo1s_population_optimum_is_not_eq_4s_policy():
+    """Descent on TDPO1's population loss ends at pi_ref e^(Q_ref / beta), where Theorem 4.5 explains every
+    preference: sum_t A_ref = beta rho + beta K. Its value of Eq. 3 is below Eq. 4's, and so is its reward at
+    its own KL. "TDPO above DPO" can only be an effect of finite training.
     """
-    beta = 0.5
-    reference, q_values = randn(13, TOKENS, seed=43), randn(13, TOKENS, seed=44)
-    optimum = (reference + q_values / beta).requires_grad_()
-    advantage = q_values - (softmax(reference) * q_values).sum(-1, keepdim=True)
-    total = torch.stack([sum(advantage[CONTEXTS.index(y[:t]), y[t]] for t in range(len(y))) for y in WORLD])
-    logps, ref_logps = world_logps(optimum), world_logps(reference)
-    k = losses.segment_sum(losses.token_kl(reference, optimum)[ROW], OF, 40)  # D_SeqKL of every response
-    close(beta * (logps - ref_logps) + beta * k, total)
-    loss = losses.tdpo1_loss(*both(logps), *both(ref_logps), *both(k), beta=beta)
-    p = bradley_terry(total)
-    close((-loss).exp(), p)
-    population = (p * loss).mean()
-    close(population.detach(), -(p * p.log()).mean())
-    assert torch.autograd.grad(population, optimum)[0].abs().max() < 1e-12
+    optimum = REFERENCE + Q_REF / WORLD_BETA
+    start = REFERENCE.clone().requires_grad_()
+    found = minimise(lambda table: population(losses.tdpo1_loss, table, True), start)
+    close(world_probabilities(found), world_probabilities(optimum), 1e-6)
+    p = bradley_terry(REWARD)
+    close(population(losses.tdpo1_loss, optimum, True), -(p * p.log()).mean())
+    rho = world_logps(optimum) - PI_REF.log()
+    close(WORLD_BETA * (rho + seq_kl(REFERENCE, optimum)), REWARD - (PI_REF * REWARD).sum())
+    pi = world_probabilities(optimum)
+    assert objective(pi) < objective(OPTIMUM) - 0.05
+    low, high = 0.05, 50.0                                          # the beta at which Eq. 4 has this KL
+    for _ in range(60):
+        beta = (low * high) ** 0.5
+        of_eq_4 = PI_REF * (REWARD / beta).exp() / (PI_REF * (REWARD / beta).exp()).sum()
+        low, high = (low, beta) if kl(of_eq_4, PI_REF) < kl(pi, PI_REF) else (beta, high)
+    assert (of_eq_4 * REWARD).sum() - (pi * REWARD).sum() > 0.05
+
+
+def test_7_dpop_is_dpo_with_a_reward_of_its_own_and_never_below_it():
+    """Eq. 3 = -log sigma(r_w - r_l) with the paper's implicit reward r_w = beta (rho_w - lam max(0, -rho_w)),
+    r_l = beta rho_l; >= DPO, equal where rho_w >= 0. Contrastive form: the penalty is max(0, D - m), D the
+    chosen response's -log pi and m its -log pi_ref.
+    """
+    args = w, l_, ref_w, ref_l = [-5 * randn(200, seed=90 + i).abs() for i in range(4)]
+    dpop, dpo = losses.dpop_loss(*args, beta=BETA, lam=LAM), losses.dpo_loss(*args, beta=BETA)
+    r_w = BETA * (w - ref_w - LAM * (ref_w - w).clamp(min=0))
+    close(dpop, -F.logsigmoid(r_w - BETA * (l_ - ref_l)), 1e-14)
+    assert (dpop[w < ref_w] > dpo[w < ref_w]).all() and 0 < (w < ref_w).sum() < 200
+    close(dpop[w >= ref_w], dpo[w >= ref_w], 1e-14)
+    penalty = ((-w) - (-ref_w)).clamp(min=0)                        # max(0, D - m)
+    close(dpop, -F.logsigmoid(BETA * (w - ref_w - l_ + ref_l - LAM * penalty)), 1e-14)
+
+
+def test_8_the_gradient_of_a_whole_step_by_the_chain_rule():
+    """grad_theta L = sum dL/dlog pi grad log pi + dL/dK grad K: train.step against separate backward passes,
+    each response on its own. DPO section 4: -beta sigma(r_l - r_w) [grad log pi(y_w) - grad log pi(y_l)].
+    """
+    torch.manual_seed(3)
+    policy, model = (GPT(GPTConfig(11, 16, 2, 2, 8)).double() for _ in range(2))
+    for p in policy.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    rng, none = np.random.default_rng(0), np.zeros((1, 0))
+    pairs = [data.Pair(*(rng.integers(0, 11, n, dtype=np.int32) for n in sizes),
+                       *(np.zeros(n, dtype=np.int32) for n in sizes[1:]), none, none, number=i)
+             for i, sizes in enumerate([(3, 5, 4), (2, 3, 6), (4, 4, 4)])]
+
+    def gradient(x):
+        grads = torch.autograd.grad(x, policy.parameters(), retain_graph=True)
+        return torch.cat([g.flatten() for g in grads])
+
+    expected = dict.fromkeys(("dpo", "dpop", "tdpo1", "tdpo2"), 0.0)
+    for pair in pairs:
+        rho, k = [], []
+        for y in (pair.chosen, pair.rejected):
+            ids = torch.from_numpy(np.concatenate([pair.prompt, y])).long()[None]
+            log_s, log_q = (m.logits(m(ids[:, :-1]))[0, len(pair.prompt) - 1:].log_softmax(-1)
+                            for m in (policy, model))
+            taken = torch.arange(len(y)), ids[0, len(pair.prompt):]
+            rho.append((log_s - log_q.detach())[taken].sum())
+            k.append((log_q.detach().exp() * (log_q.detach() - log_s)).sum())
+        u, delta, below = BETA * (rho[0] - rho[1]), BETA * (k[1] - k[0]), float(rho[0] < 0)
+        up, down, up_k, down_k = (gradient(x) for x in (*rho, *k))
+        for name, h, more in (
+                ("dpo", u, 0), ("dpop", u + BETA * LAM * below * rho[0], -LAM * below * up),
+                ("tdpo1", u - delta, down_k - up_k), ("tdpo2", u - ALPHA * delta, ALPHA * down_k)):
+            expected[name] = expected[name] + g_of(h.detach()) * (down - up + more)
+    for name, wanted in expected.items():
+        cfg = train.Config(device="cpu", dtype="float64", loss=name, settings=HYPER[name], head_tokens=8)
+        reference = Reference(model, partial(train.hidden_states, model, cfg=cfg),
+                              partial(train.response_logps, model, cfg=cfg))
+        policy.zero_grad()
+        train.step(policy, reference, data.collate(pairs), losses.LOSSES[name], 1.0, cfg)
+        close(torch.cat([p.grad.flatten() for p in policy.parameters()]), wanted, 1e-12)
 
 
 def test_sequential_kl_by_enumeration_forward_and_reverse():
-    """Chain rule: E_ref D_SeqKL = KL(pi_ref || pi) over whole responses; reverse KL needs the policy's mean.
-
-    KL(pi_ref || pi) is an expectation under pi_ref, so the sum over contexts is weighted by pi_ref. Under the
-    policy, or with the arguments exchanged, the same sum is another number.
-    """
-    policy, reference = randn(13, TOKENS, seed=45), randn(13, TOKENS, seed=46)
-    pi, pi_ref = world_probabilities(policy), world_probabilities(reference)
-    forward = losses.segment_sum(losses.token_kl(reference, policy)[ROW], OF, 40)  # D_SeqKL(y; pi_ref || pi)
-    reverse = losses.segment_sum(losses.token_kl(policy, reference)[ROW], OF, 40)
-    close((pi_ref * forward).sum(), kl(pi_ref, pi))
-    close((pi * reverse).sum(), kl(pi, pi_ref))
-    seen = [float(x) for x in ((pi_ref * forward).sum(), (pi * forward).sum(), (pi_ref * reverse).sum(),
-                               (pi * reverse).sum())]
+    """Chain rule: E_ref D_SeqKL = KL(pi_ref || pi) over responses; the other ways round it is another."""
+    policy = randn(13, TOKENS, seed=45)
+    pi, forward, reverse = world_probabilities(policy), seq_kl(REFERENCE, policy), seq_kl(policy, REFERENCE)
+    close((PI_REF * forward).sum(), kl(PI_REF, pi))
+    close((pi * reverse).sum(), kl(pi, PI_REF))
+    seen = [float((a * b).sum()) for a in (PI_REF, pi) for b in (forward, reverse)]
     assert min(abs(a - b) for a, b in itertools.combinations(seen, 2)) > 1e-3

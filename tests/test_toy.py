@@ -3,9 +3,6 @@
 import json
 import math
 import random
-import statistics
-import subprocess
-import sys
 
 import pytest
 
@@ -44,31 +41,6 @@ def test_files_are_what_make_writes():
     contents = make.files()
     assert all((make.HERE / name).read_bytes() == content for name, content in contents.items())
     assert sum(map(len, contents.values())) < 900_000
-
-
-def test_check_exits_1_on_a_difference(tmp_path, monkeypatch):
-    """make.py --check exits 0 on the committed files, from any folder, and 1 after one changed byte."""
-    command = [sys.executable, make.HERE / "make.py", "--check"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(make, "HERE", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["make.py"])
-    make.main()
-    path = tmp_path / "sums-train.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"7", b"8", 1))
-    monkeypatch.setattr(sys, "argv", ["make.py", "--check"])
-    with pytest.raises(SystemExit) as stop:
-        make.main()
-    assert "sums-train.jsonl" in str(stop.value.code)  # sys.exit(text) is exit status 1
-
-
-def test_samples_do_not_depend_on_the_hash_seed():
-    """Another PYTHONHASHSEED gives the same vocabulary and pairs: no set order leaks into the data."""
-    code = ("from toy import make, reviews, sums\n"
-            "print(make.vocabulary(), reviews.sample_pairs(20, 5), sums.sample_pairs(20, 5))")
-    runs = [subprocess.run([sys.executable, "-c", code], cwd=make.HERE.parent, env={"PYTHONHASHSEED": seed},
-                           capture_output=True, check=True).stdout for seed in "12"]
-    assert runs[0] == runs[1] != b""
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -111,17 +83,6 @@ def test_reward_never_raises(world):
         assert 0 <= world.reward(text) <= (16 if world is reviews else 2)
 
 
-def test_reward_of_text_is_the_planted_scores():
-    """Scores read off a text are the file's; its reward is 4 * the mean over sentences of the mean score."""
-    for pair in read("reviews-train.jsonl") + read("reviews-heldout.jsonl"):
-        for segments in (pair["chosen"], pair["rejected"]):
-            scores = [segment["scores"] for segment in segments]
-            assert reviews.score_sentences(pair["prompt"], join(segments)) == \
-                [(segment["text"], segment["scores"]) for segment in segments]
-            assert reviews.reward(pair["prompt"] + join(segments)) == \
-                pytest.approx(4 * sum((h + r) / 2 for h, r in scores) / len(scores), abs=1e-12)
-
-
 def test_reward_by_hand():
     """Rewards worked out by hand, a sentence that breaks off and a response of another prompt among them."""
     first = " The red mug resisted rust all winter."  # helpfulness 4, relevance 4
@@ -139,46 +100,20 @@ def test_reward_by_hand():
     assert sums.reward("478 + 356 = 8+6+0=14") == pytest.approx(1 / 3)
 
 
-def test_every_score_is_reached():
-    """Each aspect takes every value 0 to 4 in the training data, so that its maximum over the data is 4."""
-    scores = [segment["scores"] for pair in read("reviews-train.jsonl") for side in ("chosen", "rejected")
-              for segment in pair[side]]
-    assert {h for h, _ in scores} == {0, 1, 2, 3, 4}
-    assert {r for _, r in scores} == {0, 1, 3, 4}  # 1 for the adjective + 3 for the noun: never 2
-
-
 # ---- labels ----
 
 def test_labels_are_bradley_terrys():
     """In each band of |reward gap| labels go against the reward with rate sigmoid(-gap), to 4 deviations."""
     bands = [[] for _ in range(6)]
-    for pair in reviews.sample_pairs(6000, seed=11):
+    for pair in reviews.sample_pairs(3000, seed=11):
         margin = reviews.margin(pair)
         if margin:
             bands[min(5, int(abs(margin)))].append(margin)
     for margins in bands:
         flip = [1 / (1 + math.exp(abs(margin))) for margin in margins]
         deviation = math.sqrt(sum(p * (1 - p) for p in flip))
-        assert len(margins) > 100
+        assert len(margins) > 50
         assert abs(sum(margin < 0 for margin in margins) - sum(flip)) < 4 * deviation
-
-
-def test_length_is_no_shortcut():
-    """Number of sentences and reward correlate by less than 0.04 in 12000 responses (4 deviations: 0.037)."""
-    rows = [(len(pair[side]), reward) for pair in reviews.sample_pairs(6000, seed=12)
-            for side, reward in zip(("chosen", "rejected"), rewards(reviews, pair), strict=True)]
-    assert abs(statistics.correlation(*zip(*rows, strict=True))) < 0.04
-
-
-# ---- tokens ----
-
-def test_a_word_is_a_token(encoding):
-    """Every word of the worlds with its leading space, and every digit, is one token; a sentence is eight."""
-    assert all(len(encoding.encode(word)) == 1 for word in reviews.WORDS + sums.WORDS)
-    assert encoding.encode("0123456789") == list(b"0123456789")
-    for pair in read("reviews-heldout.jsonl"):
-        for segment in pair["chosen"] + pair["rejected"]:
-            assert len(encoding.encode(segment["text"])) == 8
 
 
 # ---- sums ----
@@ -202,16 +137,3 @@ def test_chosen_is_correct_and_rejected_wrong(edits):
         assert sums.correct(chosen) and sums.reward(chosen) == 2
         assert not sums.correct(rejected) and sums.reward(rejected) < 2
         assert len(chosen) == len(rejected)
-
-
-def test_one_edit_keeps_the_result():
-    """With one edit the rejected answer still states the right result; with "all" it never does."""
-    assert all(rewards(sums, pair)[1] > 1 for pair in sums.sample_pairs(100, seed=7))
-    assert all(rewards(sums, pair)[1] < 1 for pair in sums.sample_pairs(100, seed=7, edits="all"))
-
-
-def test_edits_out_of_range_are_refused():
-    """No edit, and more edits than an answer has digits, raise ValueError."""
-    for edits in (0, 99):
-        with pytest.raises(ValueError, match="edits"):
-            sums.sample_pairs(1, seed=0, edits=edits)

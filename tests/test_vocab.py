@@ -10,9 +10,11 @@ import tiktoken
 import torch
 
 from data import DataError, Tokenizer
+from model import GPT, GPTConfig
 from plumbing import vocab
 
-GPT2 = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt2-bpe"
+ROOT = Path(__file__).resolve().parents[1]
+GPT2 = ROOT.parent / "shared" / "data" / "gpt2-bpe"
 BYTES = Tokenizer("bytes")
 MERGES = [("a", "b"), ("Ġ", "ab"), ("c", "d"), ("Ã", "©")]  # ids 256 ... 259; é is the bytes C3 A9
 SAMPLE = "ab cd ab\ncdé\x00 it's   12ab"
@@ -84,28 +86,56 @@ def test_every_kind_of_folder_gives_equal_ids(folders):
     assert all(map(vocab.is_in, folders)) and not vocab.is_in(folders[0].parent)
 
 
-def test_a_saved_vocabulary_of_bytes_or_of_words_reads_back_the_same(tmp_path):
-    words = Tokenizer(tiktoken_file(tmp_path / "w.tiktoken", "hello", " world"))  # "hello" is no merge
-    for name, tokenizer, files in (("b", BYTES, ["merges.txt", "tokenizer_config.json", "vocab.json"]),
-                                   ("w", words, ["tokenizer.tiktoken"])):
-        (tmp_path / name).mkdir()
-        tokenizer.save(tmp_path / name)
-        assert sorted(f.name for f in (tmp_path / name).iterdir()) == files
-        assert Tokenizer(tmp_path / name).hash == tokenizer.hash
-    assert words.encode("hello world") == [256, 257]
+# Every kind of character, white space by the hundred, HH's turns
+TEXTS = ["a fine film", "\n\nHuman: Hi\n\nAssistant: it's 12 \u00a0\t ab", " " * 300 + "x", "\u0301\u200d",
+         *(f"{chr(c)}{chr(c)} a{chr(c)}1 {chr(c)}" for c in range(33, 0x32000, 83) if not 0xd800 <= c < 0xe000)]
 
 
-def test_the_saved_bytes_do_not_depend_on_the_order_of_the_ranks(tmp_path):
-    for name, ranks in (("a", BYTES.ranks), ("b", dict(reversed(BYTES.ranks.items())))):
-        (tmp_path / name).mkdir()
-        vocab.write(tmp_path / name, ranks, BYTES.eot)
-    assert (tmp_path / "a" / "vocab.json").read_bytes() == (tmp_path / "b" / "vocab.json").read_bytes()
+@pytest.mark.parametrize("kind", ["toy", "words", "gpt2"])
+def test_transformers_gives_the_ids_that_we_give(kind, tmp_path):
+    """The files of a saved model, in its ordinary calls: ids, truncation, padding, end-of-text, the template.
+    Read back, it is the same vocabulary, and the bytes do not depend on the order of the ranks."""
+    transformers = pytest.importorskip("transformers")
+    if kind == "gpt2" and not GPT2.exists():
+        pytest.skip("needs ../shared/data")
+    words = tiktoken_file(tmp_path / "w.tiktoken", "hello", " world", "aa", "aaa")
+    ours = Tokenizer({"toy": ROOT / "toy" / "toy.tiktoken", "words": words, "gpt2": GPT2}[kind])
+    GPT(GPTConfig(ours.vocab_size, 40, 1, 1, 4)).save_pretrained(tmp_path, ours.eot)
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    rng, texts = random.Random(0), TEXTS.copy()
+    texts += ["".join(rng.choices(["a", "b", " ", "é", "\n", "hello", " world"], k=20)) for _ in range(300)]
+    texts += [bytes(rng.choices(range(256), k=30)).decode(errors="replace") for _ in range(300)]
+    assert theirs(texts).input_ids == ours.encode_batch(texts)
+    assert theirs.decode(ours.encode(TEXTS[1]) + [ours.eot], skip_special_tokens=True) == TEXTS[1]
+    assert theirs.eos_token_id == theirs.pad_token_id == ours.eot
+    assert len(theirs("a b" * 100, truncation=True).input_ids) == 40
+    assert theirs(["a", "a b c"], padding=True).input_ids[0][0] == ours.eot
+    roles = [("system", "Be kind."), ("user", " Hi\n"), ("assistant", "Yes"), ("user", "{{no}}")]
+    messages = [{"role": role, "content": text} for role, text in roles]
+    chat = "\n\nSystem: Be kind.\n\nHuman:  Hi\n\n\nAssistant: Yes\n\nHuman: {{no}}\n\nAssistant:"
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == chat
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == ours.encode(chat)
+    if hasattr(ours, "render"):
+        assert ours.render(messages) == chat
+    written = (tmp_path / "tokenizer.json").read_bytes()
+    vocab.write(tmp_path, dict(reversed(ours.ranks.items())), ours.eot)
+    assert (tmp_path / "tokenizer.json").read_bytes() == written
+    assert Tokenizer(tmp_path).hash == ours.hash
 
 
-def test_the_merges_are_recovered_from_the_ranks(folders):
-    show = {b: c for c, b in vocab.byte_characters().items()}
-    merges = vocab.merges_of(Tokenizer(folders[0]).ranks)
-    assert [tuple("".join(show[b] for b in part) for part in merge) for merge in merges] == MERGES
+def test_any_vocabulary_gives_the_same_ids_however_its_tokens_overlap(tmp_path):
+    """Random tokens of two letters: tiktoken joins the neighbours whose union is lowest, leftmost first."""
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(0)
+    for _ in range(40):
+        words = ["".join(rng.choices("ab", k=rng.randrange(2, 7))) for _ in range(20)]
+        ours = Tokenizer(tiktoken_file(tmp_path / "r.tiktoken", *dict.fromkeys(words)))
+        ours.save(tmp_path)
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        texts = ["".join(rng.choices("ab", k=20)) for _ in range(100)]
+        assert [x.ids for x in theirs.encode_batch(texts)] == ours.encode_batch(texts), words
 
 
 def test_a_rewritten_tiktoken_file_is_noticed(tmp_path):
@@ -118,19 +148,12 @@ def test_a_rewritten_tiktoken_file_is_noticed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not GPT2.exists(), reason="needs ../shared/data")
-def test_gpt2_has_the_ids_that_everyone_has(tmp_path):
+def test_gpt2_has_the_ids_that_everyone_has():
     tokenizer = Tokenizer(GPT2)
     assert tokenizer.encode("Hello, my dog is cute") == [15496, 11, 616, 3290, 318, 13779]
     assert (tokenizer.eot, tokenizer.vocab_size) == (50256, 50257)
     ids = [220, 220, 220, 628, 220, 257, 27, 91, 437, 1659, 5239, 91, 29]
     assert tokenizer.encode("   \n\n  a<|endoftext|>") == ids
-    tokenizer.save(tmp_path)
-    assert Tokenizer(tmp_path).hash == tokenizer.hash
-    ours, theirs = ([line for line in path.read_text(encoding="utf-8").splitlines() if line[0] != "#"]
-                    for path in (tmp_path / "merges.txt", GPT2 / "vocab.bpe"))
-    assert ours == theirs
-    assert json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")) \
-        == json.loads((GPT2 / "encoder.json").read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -154,28 +177,18 @@ def test_another_special_token_of_the_vocabulary_is_never_produced(folders):
 
 
 PAD = {"id": 261, "content": "[PAD]", "special": True}
-ADDED = {  # as transformers writes one added special token: {file: content}
-    "tokenizer.json": {"tokenizer.json": tokenizer_json() | {
-        "added_tokens": [*tokenizer_json()["added_tokens"], PAD]}},
-    "tokenizer_config.json": {"tokenizer_config.json": {"added_tokens_decoder": {"261": PAD}}},
-    "added_tokens.json": {"added_tokens.json": {"[PAD]": 261},
-                          "special_tokens_map.json": {"pad_token": "[PAD]"}},
-}
+ADDED = {  # as transformers writes one added special token
+    "tokenizer.json": tokenizer_json() | {"added_tokens": [*tokenizer_json()["added_tokens"], PAD]},
+    "tokenizer_config.json": {"added_tokens_decoder": {"261": PAD}}}
 
 
-@pytest.mark.parametrize("files", ADDED.values(), ids=ADDED)
-def test_an_added_special_token_is_no_text_and_is_kept_when_the_files_are_copied(folders, files, tmp_path):
-    hf, saved = folders[0], tmp_path / "copied"
-    for name, content in files.items():
-        (hf / name).write_text(json.dumps(content))
-    tokenizer = Tokenizer(hf)
+@pytest.mark.parametrize("name", ADDED)
+def test_an_added_special_token_is_no_text(folders, name):
+    (folders[0] / name).write_text(json.dumps(ADDED[name]))
+    tokenizer = Tokenizer(folders[0])
     assert (tokenizer.vocab_size, tokenizer.hash) == (261, Tokenizer(folders[1]).hash)
     ids = tokenizer.encode("[PAD] x[PAD]")
     assert max(ids) < 260 and tokenizer.decode(ids) == "[PAD] x[PAD]"
-    saved.mkdir()
-    assert vocab.copy(hf, saved)
-    assert {p.name: p.read_bytes() for p in saved.iterdir()} == {p.name: p.read_bytes() for p in hf.iterdir()}
-    assert not vocab.copy(folders[1], saved)  # encoder.json, which transformers does not read
 
 
 def test_every_id_decodes_and_unknown_ones_to_the_replacement_character(folders):
@@ -200,19 +213,19 @@ def test_text_is_split_as_gpt2_splits_it():
                     for pattern in (vocab.SPLIT, published))
     rng = random.Random(0)
     texts = ["a" + space * n + "x" for space in " \n" for n in (99, 100, 101, 102, 199, 200, 201, 202)]
-    for _ in range(20_000):
+    for _ in range(5_000):
         letters = rng.choices("as'1. \n\u00a0\té", [3, 2, 1, 1, 1, 6, 3, 1, 1, 1], k=rng.randrange(14))
         texts.append("".join(letters))
     for text in texts:
         assert ours.encode_ordinary(text) == theirs.encode_ordinary(text), repr(text)
 
 
-@pytest.mark.parametrize("unit", [" ", "\n", " \n", "a", "^", "1", "\u00a0"])
+@pytest.mark.parametrize("unit", [" ", " \n", "a"])
 def test_a_very_long_run_of_one_character_is_encoded_whatever_follows(unit):
     """The published pattern overflows the regex engine's stack: an error at 500,000 spaces, a panic at
     999,999."""
     n = 1_200_000 // len(unit.encode())
-    for end in ("", "x", "."):
+    for end in ("", "x"):
         assert len(BYTES.encode(unit * n + end)) == n * len(unit.encode()) + len(end)
 
 
@@ -282,7 +295,7 @@ WORD = {"id": 261, "content": "  ", "special": False}
     ("post_processor", BOS),
     ("post_processor", {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0]}),
     ("model", tokenizer_json()["model"] | {"dropout": 0.1}),
-    ("model", tokenizer_json()["model"] | {"ignore_merges": True}),
+    ("model", tokenizer_json()["model"] | {"ignore_merges": True, "merges": MERGES[:-1]}),
     ("added_tokens", [*tokenizer_json()["added_tokens"], WORD]),
 ])
 def test_a_tokenizer_json_that_gives_other_ids_is_refused_alone_and_beside_other_files(folders, part, value):
@@ -308,12 +321,12 @@ def test_a_tokenizer_config_that_asks_for_other_ids_is_refused(folders, config, 
         assert Tokenizer(folders[0]).vocab_size == 261
 
 
-def test_an_added_token_that_no_file_calls_special_is_refused(folders):
-    """Text becomes it, in transformers."""
+def test_added_tokens_alone_are_refused(folders):
+    """Text may become them, in transformers; tokenizer.json says which are special."""
     (folders[0] / "added_tokens.json").write_text('{"<word>": 261}')
-    assert "added_tokens.json: no other file says that '<word>' is special" in refused(folders[0])
-    (folders[0] / "added_tokens.json").write_text("7")
-    assert "not an object" in refused(folders[0])
+    assert "added_tokens.json does not say which" in refused(folders[0])
+    (folders[0] / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    assert Tokenizer(folders[0]).vocab_size == 261
 
 
 def test_two_vocabularies_in_one_folder_are_refused(folders):

@@ -223,7 +223,7 @@ class Converter:
         if not self.unread:
             return
         for _, key, value in self.unread if alone else ():
-            if truth(value) is not None and (type(value) is not int or words_of(key) & {"label", "labels", "kto"}):
+            if truth(value) is not None and (type(value) is not int or re.search("label|kto", key, re.I)):
                 raise DataError(f'one completion with a label, "{key}" (KTO), is no pair of a chosen and a '
                                 f"rejected response; --label {key} keeps the true ones, for --loss sft")
         names = ", ".join(json.dumps(path) for path, *_ in self.unread)

@@ -130,7 +130,7 @@ def report(found, tokenizer, block_size):
     yield (f"  The longer response is the chosen one in {share(C > R)} of the pairs, the rejected one in "
            f"{share(C < R)}, equal in {share(C == R)}.")
     longer = (C > R).sum() / max(1, (C != R).sum())
-    if abs(longer - 0.5) > 0.1:
+    if (C != R).any() and abs(longer - 0.5) > 0.1:
         which, right = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         yield f"  Length bias: to prefer the {which} one is right in {share(right)} where they differ."
     distances = np.array(found.distances)
@@ -139,7 +139,7 @@ def report(found, tokenizer, block_size):
     yield f"  {share(distances < CLOSE)} below {CLOSE}: DPO's likelihood failure lives here, see DPOP"
     S = [len(scores) for pair in found.pairs for scores in (pair.chosen_scores, pair.rejected_scores)]
     scored = sum(pair.chosen_scores.size > 0 for pair in found.pairs)
-    yield f"\nSegments: {min(S)} to {max(S)} in a response; {scored} of {n} pairs are scored, 2D-DPO needs all"
+    yield f"\nSegments: {min(S)} to {max(S)} a response; {scored} of {n} pairs have scores, 2D-DPO needs all"
 
 
 def train_command(found, options):
