@@ -2,9 +2,9 @@
 
     python experiments/architectures.py [TYPE ...] > experiments/architectures.md
 
-Each is tiny and random, in float64. The loss and every parameter's gradient of DPO (one micro-batch) and of
-TDPO2 (pair by pair) are compared with those of two rows a pair, the model's own forward and the formula
-written out here. TYPE@narrow has windows of 5 tokens. architectures.json says what a small model of a type is.
+Tiny random models in float64: loss and all gradients of DPO (one micro-batch) and TDPO2 (pair by pair) beside
+two rows a pair, the model's own forward and the formula written out here. TYPE@narrow has windows of 5 tokens.
+architectures.json says what a small model of a type is.
 """
 
 import inspect
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from data import Pair, collate, pack
@@ -44,7 +44,7 @@ def small(cls, narrow):
     default, fields, found = cls(), cls().to_dict(), {}
     names = {*fields, *inspect.signature(cls.__init__).parameters, *getattr(cls, "__annotations__", {})}
     for name in sorted(names):
-        value, part = fields.get(name), getattr(default, name, None)
+        value = fields.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             if (token := re.sub("_token_(id|index)$", "", name)) != name:
                 found[name] = HOW["token_ids"].get(token, min(value, V - 1))
@@ -52,7 +52,7 @@ def small(cls, narrow):
                 if re.fullmatch(pattern, name):
                     found[name] = (8 if "chunk" in name else 5) if narrow and size == "40" else int(size)
                     break
-        elif isinstance(part, transformers.PreTrainedConfig):
+        elif isinstance(value, dict) and isinstance(part := getattr(default, name), PreTrainedConfig):
             found[name] = small(type(part), narrow) | {"model_type": part.model_type}
     return found
 
@@ -72,9 +72,8 @@ def tiny(name, seed=0):
     torch.manual_seed(seed)
     own = CONFIG_MAPPING[kind](**arguments)
     model = AutoModelForCausalLM.from_config(own, experts_implementation="eager").double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
     return model
 
 
@@ -109,7 +108,8 @@ def plain_loss(model, reference, pair, cfg):
     terms = {}
     for side in ("chosen", "rejected"):
         row = torch.from_numpy(np.concatenate([pair.prompt, getattr(pair, side)])).long()
-        z, z_ref = (m(input_ids=row[None]).logits[0, len(pair.prompt) - 1:-1] for m in (model, reference))
+        z, z_ref = (m(input_ids=row[None], use_cache=False).logits[0, len(pair.prompt) - 1:-1]
+                    for m in (model, reference))
         y = row[len(pair.prompt):, None]
         terms[f"{side}_logps"], terms[f"ref_{side}_logps"] = (
             F.log_softmax(x, -1).gather(-1, y).sum()[None] for x in (z, z_ref.detach()))
@@ -118,15 +118,14 @@ def plain_loss(model, reference, pair, cfg):
 
 
 def compare(model, other, losses=("dpo", "tdpo2")):
-    """A model and its reference -> (rows a pair, largest relative difference of the losses, of gradients).
-    ConfigError where the port refuses it."""
-    policy, reference, pairs, off = Policy(model), Policy(other.requires_grad_(False)), random_pairs(), [0.0, 0.0]
+    """A model, its reference -> (rows a pair, largest relative difference of losses, of gradients)."""
+    policy, reference, pairs, off = Policy(model), Policy(other.requires_grad_(False)), random_pairs(), [0, 0]
     check_numbers(policy, [pairs], config("dpo"), "")
     reference.follow(policy)
     for loss in losses:
         cfg, size = config(loss), 1 if loss == "tdpo2" else len(pairs)
-        both = train.hidden_states, train.response_logps
-        ref = Reference(reference, *(partial(function, reference, cfg=cfg) for function in both))
+        ref = Reference(reference, *(partial(function, reference, cfg=cfg) for function in
+                                     (train.hidden_states, train.response_logps)))
         plain = [plain_loss(model, other, pair, cfg) for pair in pairs]
         sum(plain).backward()
         expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -150,8 +149,7 @@ def main(names):
         try:
             with float64_throughout():
                 models, why = (tiny(name), tiny(name, 1)), "a traceback"
-                rows, *off = compare(*models)
-            cells, why = [rows, *(f"{x:.0e}" for x in off)], ""
+                cells, why = [f"{x:.0e}" if type(x) is float else x for x in compare(*models)], ""
         except Exception as e:
             why = f"{e}".removeprefix(": ") if isinstance(e, ConfigError) else f"{why}: {type(e).__name__}: {e}"
         print(f"| {name} | {' | '.join(cells)} | {' '.join(why.split()):.150} |", flush=True)

@@ -33,7 +33,7 @@ FREE = {*PATHS, "out_dir", "resume", "overwrite", "settings", "steps", "micro_ba
         "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every", "log_every", "device",
         "compile", "compile_head", "head_tokens"}
 RESULT = ("model.safetensors*", "model-*-of-*.safetensors", "config.json", "generation_config.json",
-          "tokenizer.tiktoken", "chat_template.jinja", *vocab.OF_TRANSFORMERS)
+          "tokenizer.tiktoken", *vocab.OF_TRANSFORMERS)
 
 
 def read_run(folder):

@@ -2,8 +2,8 @@
 
     python ports/huggingface.py --init FOLDER_OR_NAME --data FILE ... [--lora RANK] [flags of train.py]
 
-`Policy` gives the model the shape of model.GPT; the rest is train.py: step, evaluation, log, --resume, torchrun.
-The result is a folder for transformers, vLLM and the like, and --init FOLDER --ask TEXT samples it.
+`Policy` gives the model the shape of model.GPT; the rest is train.py, its --resume and torchrun too. The
+result is a folder for transformers, vLLM and the like, and --init FOLDER --ask TEXT samples it.
 """
 
 import sys
@@ -38,6 +38,7 @@ class Given(BaseModelOutput):
 class Policy(torch.nn.Module):
     """A causal language model as train.py asks for it. setup.check_numbers sets `trunks` and `shared`."""
     probe = None  # a row of ids that is compared at the end
+    wte = property(lambda self: self.model.get_input_embeddings())
 
     def __init__(self, model, saved_as=None, source=None):
         """saved_as: {name: dtype} of the result's tensors. source: opens a result's folder as a model."""
@@ -46,10 +47,6 @@ class Policy(torch.nn.Module):
         self.trunks, self.peft, self.shared = [model.get_decoder()], [], True  # lists: parts of self.model
         size = self.wte.weight.shape
         self.config = GPTConfig(size[0], setup.positions_of(model.config), 1, 1, size[1])
-
-    @property
-    def wte(self):
-        return self.model.get_input_embeddings()
 
     @property
     def h(self):
@@ -123,8 +120,8 @@ class Policy(torch.nn.Module):
         try:
             self.model.save_pretrained(aside, state_dict=tensors)
             again = self.source(aside).to(self.wte.weight.device)
-            off = (setup.plain_logps(again, rows) - setup.plain_logps(self.model, rows)).abs().max().item()
-            assert off <= 1e-3, f"log-probabilities differ by {off:.1e} nats"
+            off = (setup.plain_logps(again, rows) - setup.plain_logps(self.model, rows)).abs().max()
+            assert off <= 1e-3, f"log-probabilities differ by {off.item():.1e} nats"
         except Exception as e:  # transformers raises what it likes
             raise RunError("the result, opened again, is not the trained model, whose weights are in the last "
                            f"checkpoint ({setup.one_line(e)})") from None
@@ -135,14 +132,11 @@ class Policy(torch.nn.Module):
 
 class WithoutAdapters(torch.nn.Module):
     """The reference of a LoRA run: the policy with its adapters off. It has no weights of its own."""
+    h, wte = (), property(lambda self: self.policy[0].wte)
 
     def __init__(self, policy):
         super().__init__()
-        self.policy, self.h = [policy], []
-
-    @property
-    def wte(self):
-        return self.policy[0].wte
+        self.policy = [policy]
 
     def forward(self, *batch):
         with self.policy[0].peft[0].disable_adapter():
@@ -168,8 +162,8 @@ def load(flag, name, cfg, eot):
     try:
         generation.validate(strict=True)
     except ValueError as e:
-        raise ConfigError(f"--{flag} {name}: transformers would not save its generation_config.json, correct it "
-                          f"({setup.one_line(e)})") from None
+        raise ConfigError(f"--{flag} {name}: transformers would not save its generation_config.json; correct "
+                          f"it ({setup.one_line(e)})") from None
     policy = train.prepared(policy, replace(cfg, compile=False))
     flags.check_model(flag, name, policy, cfg)
     return policy
@@ -179,8 +173,8 @@ def add_adapters(policy, rank, seed):
     """Put LoRA adapters of this rank on all linear layers; only they are trained from here on."""
     import peft
     torch.manual_seed(seed)
-    adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     try:
+        adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         policy.peft = [peft.get_peft_model(policy.model, adapters)]
     except ValueError as e:
         raise ConfigError(f"--lora {rank}: not for this model, says peft ({setup.one_line(e)})") from None
@@ -199,9 +193,8 @@ def models(cfg, rank, tokenizer, *data):
     if rank:  # known by the model that they are put on
         identity["init"] = folder.weights_hash(policy)
         add_adapters(policy, rank, cfg.seed)
-    largest = max(x.max() for part in data for p in part.pairs for x in (p.prompt, p.chosen, p.rejected) if len(x))
-    if largest >= (size := policy.config.vocab_size):
-        raise ConfigError(f"--init {cfg.init}: its tokenizer has ids beyond the model's {size}")
+    if tokenizer.vocab_size > (size := policy.config.vocab_size):
+        raise ConfigError(f"--init {cfg.init}: has {size} ids, its tokenizer {tokenizer.vocab_size}")
     report.say(f"{cfg.init}: {setup.check_numbers(policy, data, cfg, f'--init {cfg.init}')}")
     policy.probe = torch.tensor([*data[0][0].prompt.tolist(), *data[0][0].chosen.tolist()])
     if with_ref and rank and not other:

@@ -30,8 +30,7 @@ class Tokenizer(data.Tokenizer):
         self.save, self.decode = own.save_pretrained, lambda ids: own.decode([int(i) for i in ids])
         self.encode_batch = lambda texts: [self.encode(text) for text in texts]
         self.hash = sha256(repr((sorted(own.get_vocab().items()), own.chat_template)).encode()).hexdigest()
-        self.lead = "" if own.chat_template else super().lead
-        self.eot = self.end_of_turn() if own.chat_template else own.eos_token_id
+        self.lead, self.eot = self.around_answer() if own.chat_template else (super().lead, own.eos_token_id)
         if self.eot is None:
             raise ConfigError("the tokenizer has no eos_token to close a response with; set one")
         self.begin = [i for i in own.encode("")[:1] if i == own.bos_token_id]
@@ -45,12 +44,15 @@ class Tokenizer(data.Tokenizer):
                      token.replace("▁", " ").encode() for token in tokens)
         self.token_bytes = dict(enumerate(found))
 
-    def end_of_turn(self):
-        """The id that closes an answer in the chat template; it need not be end-of-text."""
+    def around_answer(self):
+        """(the space before an answer in the chat template, the id that closes it, not always end-of-text)."""
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "termwise"}]
-        rest = self.own.apply_chat_template(turns, tokenize=False).rpartition("termwise")[2]
-        first = self.own.encode(rest.lstrip(), add_special_tokens=False)[:1]
-        return first[0] if first and first[0] in self.own.added_tokens_decoder else self.own.eos_token_id
+        prompt = self.own.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        before, _, after = self.own.apply_chat_template(turns, tokenize=False).rpartition("termwise")
+        lead = before.removeprefix(prompt)
+        first = self.own.encode(after.lstrip(), add_special_tokens=False)[:1]
+        closes = first and first[0] in self.own.added_tokens_decoder
+        return "" if lead.strip() else lead, first[0] if closes else self.own.eos_token_id
 
     def checked(self, text):
         """A text without special tokens. One that holds some was rendered already, or would end its turn."""
@@ -84,10 +86,6 @@ class Tokenizer(data.Tokenizer):
         except Exception as e:  # a template raises what it likes
             raise DataError(f"{messages[-1]['content'][:40]!r}: the model's chat template refuses this "
                             f"conversation ({e}); change the record") from None
-
-
-def sum_of_bytes(x):
-    return x.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item()
 
 
 def one_line(error):
@@ -129,14 +127,14 @@ def resolve(argv):
     flags.check(cfg, typed)
     if cfg.init is None or (own.lora or 0) < 0 or cfg.compile_head:
         raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head")
-    flags.refuse_unread(typed, dict.fromkeys(("tokenizer", *flags.SIZES[:3]), "the model has its own"))
-    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False,
+    sizes = "tokenizer", "n_layer", "n_head", "n_embd"
+    flags.refuse_unread(typed, dict.fromkeys(sizes, "the model has its own"))
+    block_size = cfg.block_size if "block_size" in typed or cfg.resume else min(
+        2048, positions_of(loaded(AutoConfig, cfg.init)))
+    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False, block_size=block_size,
                   out_dir=cfg.out_dir if own.ask else flags.place_of_run(cfg))
     ranks.start(cfg.device)
-    most = positions_of(loaded(AutoConfig, cfg.init))
     tokenizer = Tokenizer(loaded(AutoTokenizer, cfg.init), "chosen_rewards" in terms_of(LOSSES[cfg.loss]))
-    if "block_size" not in typed and not cfg.resume:
-        cfg = replace(cfg, block_size=min(2048, most))
     return flags.for_machine(cfg, tokenizer.vocab_size), own.lora or 0, tokenizer, own.ask
 
 
@@ -173,8 +171,8 @@ def tensors_of(model):
 
 def parts_of(module):
     """Parts of a model that may give the hidden states its head takes, most likely first."""
-    found = [module.get_decoder()] if hasattr(module, "get_decoder") else []
-    found += [getattr(module, name, None) for name in ("base_model", "model")]
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
+    found = decoder, *(getattr(module, name, None) for name in ("base_model", "model"))
     return [x for x in found if isinstance(x, torch.nn.Module) and x is not module]
 
 
@@ -211,10 +209,13 @@ def plain_logps(model, rows):
 
 
 def check_numbers(policy, parts, cfg, name):
-    """Set policy.trunks and policy.shared by numbers: the log-probabilities of telling pairs of the run's data,
-    long and short ones in one micro-batch, must be the model's own in plain rows. Returns what to print;
-    raises ConfigError where no way is right."""
-    before = [sum_of_bytes(x) for x in tensors_of(policy).values()]
+    """Set policy.trunks and policy.shared by numbers: the log-probabilities of telling pairs, long and short
+    ones in one micro-batch, must be the model's own in plain rows. parts: all Pairs of the run. Returns what
+    to print; raises ConfigError where no way is right."""
+    def sums():
+        return [x.detach().double().sum().item() for x in tensors_of(policy).values()]
+
+    before = sums()
     dtype, tolerance = ("float64", 1e-5) if cfg.dtype == "float64" else ("float32", 1e-3)  # nats
     cfg, bounds = replace(cfg, dtype=dtype), limits(policy.model.config.to_dict())
     pairs = sorted((part[i] for part in parts for i in telling(part, bounds)), key=len)
@@ -240,6 +241,6 @@ def check_numbers(policy, parts, cfg, name):
     except Exception as e:
         raise ConfigError(f"{name}: cannot be trained ({one_line(e)})") from None
     policy.zero_grad(set_to_none=True)
-    if before != [sum_of_bytes(x) for x in tensors_of(policy).values()]:
-        raise ConfigError(f"{name}: changes its weights when it runs, in no step of training")
+    if sums() != before:
+        raise ConfigError(f"{name}: changes its weights when it runs, so they would be saved wrong")
     return "one row a pair, the prompt shared" if policy.shared else f"two rows a pair: {why}"

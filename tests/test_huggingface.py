@@ -86,6 +86,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     GPT(GPTConfig(tokenizer.vocab_size, 128, 2, 4, 32)).save_pretrained(folder, tokenizer.eot)
     tokenizer.save(folder)
+    (folder / "chat_template.jinja").unlink()
     return folder
 
 
@@ -312,6 +313,9 @@ def test_without_a_chat_template_messages_are_turns_and_a_line_says_which(folder
     tokenizer = huggingface_setup.Tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
     [ids] = tokenizer.encode_prompts([[{"role": "user", "content": "Why?"}]])
     assert tokenizer.decode(ids) == "\n\nHuman: Why?\n\nAssistant:" and tokenizer.lead == " "
+    Tokenizer("bytes").save(tmp_path)  # with that form as its chat template
+    own = huggingface_setup.Tokenizer(transformers.AutoTokenizer.from_pretrained(tmp_path))
+    assert own.own.chat_template and own.lead == " " and own.encode_prompts([[{"role": "user", "content": "Why?"}]]) == [ids]
 
 
 def test_a_tokenizer_of_sentencepiece_s_kind():
