@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from plumbing import pretrained
 from plumbing.errors import ModelError
@@ -64,10 +63,7 @@ class Attention(nn.Module):
         is_causal = mask is None and (cache is None or cache.length == 0)  # a token sees all of a cache
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, P+T, D)
-        if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -119,7 +115,7 @@ class GPT(nn.Module):
         """Hidden states after the final LayerNorm: tokens (B, T) -> (B, T, C).
 
         positions (B, T), by default counted on from the cache. mask (B, 1, T, P+T), bool, True where a token
-        (row) may attend to another (column), or a BlockMask; by default causal. cache: of the P tokens
+        (row) may attend to another (column); by default causal. cache: of the P tokens
         before, or None; it is extended in place."""
         T, P = tokens.shape[-1], 0 if cache is None else cache.length
         if positions is None:

@@ -9,9 +9,7 @@ from train import Config, response_logps  # isort: skip  (first: it sets what to
 
 import argparse
 import os
-import shutil
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +25,8 @@ from plumbing.report import fail, one_line_errors, sampling
 
 
 def token_rewards(policy, reference, prompt, response, beta):
-    """beta log pi(y_t|x,y_<t) / pi_ref(y_t|x,y_<t) of each response token: ids (P,), (N,) -> N numbers.
-
-    They sum to the response's implicit reward, beta log pi(y|x)/pi_ref(y|x).
-    """
+    """beta log pi(y_t|x,y_<t) / pi_ref(y_t|x,y_<t) of each response token: ids (P,), (N,) -> N numbers, whose
+    sum is the response's implicit reward, beta log pi(y|x)/pi_ref(y|x)."""
     none, scores = response[:0], np.zeros((1, 0), dtype=np.float32)
     batch = collate([Pair(prompt, response, none, 0 * response, none, scores, scores[:0])])
     device = policy.wte.weight.device
@@ -54,43 +50,26 @@ def heat(tokenizer, ids, rewards, color):
     return "".join(parts).strip("\n")
 
 
-def side_by_side(columns, width):
-    """[(title, text), (title, text)] in two columns, or one above the other where the terminal is narrow."""
-    if width < 60:
-        return "\n".join(f"{title}: {text}" for title, text in columns)
-    half = (width - 3) // 2
-    cells = []
-    for title, text in columns:
-        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, half) or [""]]
-        cells.append([title, "-" * len(title), *lines])
-    rows = max(map(len, cells))
-    left, right = (cell + [""] * (rows - len(cell)) for cell in cells)
-    return "\n".join(f"{a:{half}} | {b}".rstrip() for a, b in zip(left, right, strict=True))
-
-
 def parse_flags(argv):
+    """The flags, checked."""
     parser = argparse.ArgumentParser("sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail("sample.py", message)
-    parser.add_argument("model", help="the folder of a run or of a model, or a name: gpt2, ...")
-    parser.add_argument("--prompt", action="append", default=[], help="as in the data (may be repeated)")
-    parser.add_argument("--prompts", help='a file: one prompt a line, or data with a "prompt"; - is stdin')
-    parser.add_argument("--chat", action="store_true", help="take each prompt as a user's message")
-    parser.add_argument("--response", help="score this response, not a sampled one (with --heat)")
-    parser.add_argument("--heat", action="store_true", help="beta log pi/pi_ref of every token of the answer")
-    parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None,
-                        help="colours, or numbers; default: colours on a terminal")
-    parser.add_argument("--ref", help="another reference than the run's: a model folder or name")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer (default 64)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 = the likeliest one (default 0.7)")
-    parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="sample from the fewest tokens that reach p")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same answers (default 0)")
-    parser.add_argument("--device", default=machine.best_device(), help="cpu, cuda, mps, ...")
-    return parser.parse_args(argv)
-
-
-def check(args):
-    """Refuse a flag that cannot be served."""
+    add, best = parser.add_argument, machine.best_device()
+    add("model", help="the folder of a run or of a model, or a name: gpt2, ...")
+    add("--prompt", action="append", default=[], help="as in the data (may be repeated)")
+    add("--prompts", help='a file: one prompt a line, or data with a "prompt"; - is stdin')
+    add("--chat", action="store_true", help="take each prompt as a user's message, rendered as in training")
+    add("--response", help="score this response, not a sampled one (with --heat)")
+    add("--heat", action="store_true", help="beta log pi/pi_ref of every token of the answer")
+    add("--color", action=argparse.BooleanOptionalAction, help="colours, not numbers; default: on a terminal")
+    add("--ref", help="another reference than the run's: a model folder or name")
+    add("--max_new_tokens", type=int, default=64, help="tokens of an answer (default 64)")
+    add("--temperature", type=float, default=0.7, help="0 = the likeliest one (default 0.7)")
+    add("--top_k", type=int, help="sample from the k likeliest tokens only")
+    add("--top_p", type=float, help="sample from the fewest tokens that reach p")
+    add("--seed", type=int, default=0, help="the same seed, the same answers (default 0)")
+    add("--device", default=best, help=f"cpu, cuda, mps, ... (default {best})")
+    args = parser.parse_args(argv)
     for flag, fine, needs in (
             ("response", args.response is None or args.heat, "goes with --heat"),
             ("max_new_tokens", args.max_new_tokens >= 1, "must be at least 1"),
@@ -98,6 +77,7 @@ def check(args):
             ("device", machine.usable(args.device), "torch cannot use it here; choose cpu")):
         if not fine:
             raise ConfigError(f"--{flag} {getattr(args, flag)}: {needs}")
+    return args
 
 
 def load(args):
@@ -130,7 +110,6 @@ def load(args):
 
 def sample(args):
     """Print what the flags ask for."""
-    check(args)
     prompts = args.prompt + (pairs.read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ConfigError('--prompt: say what to answer, --prompt "..." or --prompts FILE')
@@ -142,7 +121,6 @@ def sample(args):
     models = {"reference": reference, "policy": policy} if reference else {"answer": policy}
     block_size = min(model.config.block_size for model in models.values())
     color = args.color if args.color is not None else sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    width = shutil.get_terminal_size((100, 24)).columns
     for at in range(0, len(prompts), 64):  # a batch
         batch, answers = prompts[at:at + 64], {}
         given = [("" if isinstance(p, str) else tokenizer.lead) + args.response for p in batch
@@ -159,10 +137,8 @@ def sample(args):
                 print(f"(the prompt loses its first {len(ids[i]) - room} tokens: block_size {block_size})")
             prompt = prompt if isinstance(prompt, str) else tokenizer.render(prompt)
             print(f"prompt: {prompt.strip()}\n")
-            texts = [(name, tokenizer.decode(t for t in rows[i] if t != tokenizer.eot).strip())
-                     for name, rows in answers.items()]
-            if texts:
-                print((side_by_side(texts, width) if reference else texts[0][1]) + "\n")
+            for name, rows in answers.items():
+                print(f"{name}: {tokenizer.decode(t for t in rows[i] if t != tokenizer.eot).strip()}\n")
             if args.heat:
                 response = (given or answers["policy"])[i]
                 rewards = token_rewards(policy, reference, ids[i][-room:], response, beta)

@@ -195,7 +195,7 @@ def resolve(Config, argv):
         if "block_size" not in typed and not cfg.resume:
             own["block_size"] = sizes.block_size
         cfg = replace(cfg, **own)
-    return for_machine(cfg, tokenizer.vocab_size), tokenizer
+    return for_machine(cfg, sizes.vocab_size if sizes else tokenizer.vocab_size), tokenizer
 
 
 def place_of_run(cfg):
