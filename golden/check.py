@@ -71,7 +71,7 @@ def below(early, dtype, regime):
 
 @functools.cache
 def variant(made, slope, dtype, regime, loss, what):
-    """Results of one loss or ("") below the losses, with mistakes made, a tuple, and their hinges' slope at 0.
+    """Results of one loss or ("") below the losses, with mistakes made, a tuple, and a slope of hinges at 0.
 
     what: "value", the loss alone; "near", gradients in its arguments, too; "all", also those in logits.
     """

@@ -328,7 +328,7 @@ def make_description(vectors):
             "the k-th best chosen segment meets the k-th worst rejected one, ties in the order of the text; "
             "rewards that differ by rounding are ties: sorted, a gap above 1e-5 begins a new group",
             "gradients are those of the sum over the pairs; reference and rewards are constants",
-            f"float64 only: {', '.join(r for r in REGIMES if 'lean' in REGIMES[r])}; float32 is these, rounded",
+            f"float64 only: {', '.join(r for r in REGIMES if 'lean' in REGIMES[r])}; float32: these rounded",
         ],
         "end_of_text": END_OF_TEXT,
         "tolerance": {"rule": "|yours - golden| <= tolerance * max(1, |golden|)", **TOLERANCE},

@@ -476,7 +476,7 @@ def numbers(regime):
 REAL = {                                                         # released code: what it sends, is told
     "TRL's label smoothing": (lambda x: {"dpo/loss": 0.8 * nls(dpo_h(x)) + 0.2 * nls(-dpo_h(x))},
                               ["smoothing 0.2"]),
-    "RPO's SFT term": (lambda x: {"dpo/loss": nls(dpo_h(x)) - 0.3 * x["chosen_logps"]}, ["0.3 times -log pi"]),
+    "an SFT term": (lambda x: {"dpo/loss": nls(dpo_h(x)) - 0.3 * x["chosen_logps"]}, ["0.3 times -log pi"]),
     "another beta": (lambda x: {"dpo/loss": nls(dpo_h(x, 0.5))}, ["beta 0.5, where the golden value is 0.1"]),
     "paddleformers' ERNIE-VL, mlx-lm-lora: outside, slope 1": (lambda x: {
         "dpop/loss": nls(dpo_h(x, 0.3)) + 5 * relu(x["ref_chosen_logps"] - x["chosen_logps"]),
