@@ -3,9 +3,9 @@
     python golden/check.py THEIRS.safetensors
 
 THEIRS holds any of the result tensors under their golden names (golden/README.md). One line for each tensor,
-then the verdict: the mistakes that give the wrong numbers, of all losses together, or loss by loss, or regime by
-regime, two at a time if one is not enough; constants that are off; float32 inside; a gradient that does not
-arrive. Exit status: 0 all equal, 1 something is off, 2 the file cannot be compared.
+then the verdict: the mistakes that give the wrong numbers, of all losses together, or loss by loss, or regime
+by regime, two at a time if one is not enough; constants that are off; float32 inside; a gradient that does
+not arrive. Exit status: 0 all equal, 1 something is off, 2 the file cannot be compared.
 """
 
 import argparse
@@ -36,7 +36,6 @@ EARLY = {f"golden.pipeline.{name}" for name in (                 # what is calle
 class BadInput(Exception):
     """What makes a comparison impossible, in one line for the user."""
 
-
 @functools.cache
 def golden():
     """All golden tensors by name. Raises BadInput where the file is missing."""
@@ -45,7 +44,6 @@ def golden():
         raise BadInput(f"{path}: no such file; golden/make.py writes it")
     there = load_file(path)
     return make.in_float32(there) | there
-
 
 @functools.cache
 def inputs(regime):
@@ -57,16 +55,13 @@ def inputs(regime):
 
 # ---- What mistakes lead to ----
 
-
 @functools.cache
 def logits(dtype, regime):
     """No mistake is in the logits: computed once. Returns them and the parameters behind them, by name."""
     return pipeline.all_logits(inputs(regime), getattr(torch, dtype))
 
-
 def is_early(mistake):
     return not EARLY.isdisjoint(mistake.patches)
-
 
 @functools.cache
 def below(early, dtype, regime):
@@ -74,13 +69,11 @@ def below(early, dtype, regime):
     with mistakes.applied(early):
         return pipeline.quantities(inputs(regime), logits(dtype, regime)[0], getattr(torch, dtype))
 
-
 @functools.cache
 def variant(made, slope, dtype, regime, loss, what):
-    """Results of one regime, of one loss or ("") below the losses, by name, with some mistakes made.
+    """Results of one loss or ("") below the losses, with mistakes made, a tuple, and a slope of hinges at 0.
 
-    made: a tuple of mistakes. slope: of their hinges at 0. what: "value", the loss alone; "near", gradients in
-    its arguments, too; "all", also those in logits and parameters.
+    what: "value", the loss alone; "near", gradients in its arguments, too; "all", also those in logits.
     """
     x = inputs(regime)
     with mistakes.applied(made, slope):
@@ -93,14 +86,12 @@ def variant(made, slope, dtype, regime, loss, what):
             return {f"{loss}/loss": pipeline.loss_value(loss, q).detach()}
         return pipeline.results_of(loss, q, *logits(dtype, regime), what == "all")
 
-
 def result(made, slope, name):
     """One result, a golden name, with some mistakes made."""
     dtype, regime, rest = name.split("/", 2)
     what = "value" if rest.endswith("/loss") and regime != "second-step" else \
         "all" if rest.endswith("_logits") or "/grad/" in rest else "near"
     return variant(made, slope, dtype, regime, by_loss(name), what)[rest]
-
 
 @functools.cache
 def touches(mistake, loss):
@@ -120,16 +111,13 @@ def touches(mistake, loss):
 
 # ---- Comparison ----
 
-
 def dtype_name(tensor):
     return str(tensor.dtype).removeprefix("torch.")
-
 
 def tolerance(name, theirs, loose=False):
     """The largest allowed |theirs - golden| / max(1, |golden|): that of the coarser of the two dtypes."""
     dtypes = [name.split("/")[0]] + [dtype_name(theirs)] * theirs.is_floating_point() + ["float32"] * loose
     return max(make.TOLERANCE[dtype] for dtype in dtypes)
-
 
 def relative_error(theirs, ours):
     """|theirs - ours| / max(1, |ours|), elementwise, float64; infinite where just one of them is finite."""
@@ -140,14 +128,11 @@ def relative_error(theirs, ours):
         error = torch.where(both_lost, 0.0, error.nan_to_num(nan=torch.inf))
     return error
 
-
 def worst(theirs, ours):
     return relative_error(theirs, ours).max().item() if theirs.numel() else 0.0
 
-
 def equal(name, theirs, ours, loose=False):
     return worst(theirs, ours) <= tolerance(name, theirs, loose)
-
 
 def read(path):
     """The tensors of a port's file, each with a golden name and that tensor's shape. Raises BadInput."""
@@ -177,10 +162,8 @@ def read(path):
             raise BadInput(f"{path}: {name} is {dtype}; it holds indices, use int64")
     return theirs
 
-
 def side_of(name):
     return "rejected" if "rejected" in name else "chosen"
-
 
 def outside(name):
     """Where a result's numbers belong to no response token or no segment: bool, or None if all belong."""
@@ -195,7 +178,6 @@ def outside(name):
         return ~(x[f"{side_of(name)}_segments"].unsqueeze(-1) == slots).any(1)
     return None
 
-
 def report(name, theirs):
     """One line about one tensor."""
     ours, error = golden()[name], relative_error(theirs, golden()[name])
@@ -205,7 +187,7 @@ def report(name, theirs):
                 f"first at {lost.nonzero()[0].tolist()}")
         free = outside(name)
         if free is not None and not (lost & ~free).any():
-            line += ", all outside the response: where(mask, x, 0) came too late, mask before log, exp and division"
+            line += ", all outside the response: where(mask, x, 0) came too late, mask before log and exp"
         return line
     if worst(theirs, ours) <= tolerance(name, theirs):
         return f"ok   {name}  within {worst(theirs, ours):.0e}"
@@ -213,12 +195,10 @@ def report(name, theirs):
     return (f"off  {name}  by {error.max().item():.3g} (tolerance {tolerance(name, theirs):.0e}), "
             f"worst at {list(at)}: yours {theirs[at].item():.10g}, golden {ours[at].item():.10g}")
 
-
 def loss_and_what(name):
     """float64/gpt/dpo/grad/ln_f.bias -> ("dpo", "grad/ln_f.bias"), float64/gpt/chosen_logps -> ("", ...)."""
     _, _, *loss, what = name.replace("/grad/", "/grad ").split("/")
     return loss[0] if loss else "", what
-
 
 def split(tensors, key):
     """A dict of tensors in parts with one key(name) each: {key: part}."""
@@ -227,14 +207,11 @@ def split(tensors, key):
         parts.setdefault(key(name), {})[name] = tensor
     return parts
 
-
 def by_loss(name):
     return loss_and_what(name)[0]
 
-
 def by_regime(name):
     return name.split("/")[1]
-
 
 def cost(name):
     """0 for a loss, 1 for a gradient in its arguments, ... : what computing a result with mistakes costs."""
@@ -243,7 +220,6 @@ def cost(name):
     if name.endswith("_logits") or "/grad/" in name:
         return 3
     return 0 if name.endswith("/loss") else 1 if by_loss(name) else 2
-
 
 def unreached(theirs, fine):
     """Parameters that the gradient of a right loss does not reach: 0, or absent where others are sent.
@@ -268,10 +244,7 @@ class Port:
         self.fine = fine
 
     def give(self, explanation, tensors, loose=True):
-        """Whether the mistakes lead to all of these tensors, or (loose) to all of them in float32's precision.
-
-        Losses come first: they are the quickest to compute.
-        """
+        """Whether the mistakes lead to all of these tensors, or (loose) to them in float32's precision."""
         return all(equal(name, tensors[name], result(*explanation, name), loose)
                    for name in sorted(tensors, key=cost))
 
@@ -281,7 +254,7 @@ class Port:
         return {name: t for name, t in self.fine.items() if by_loss(name) in losses}
 
     def best(self, found, off):
-        """Of several explanations the closest, and of these those that fit the right results beside, if any do."""
+        """Of several explanations the closest, of these those that fit the right results, too, if any do."""
         fine = self.fine_beside(off)
         found = [e for e in found if self.give(e, off, loose=False)] or found
         return [e for e in found if self.give(e, fine)] or found if len(found) > 1 else found
@@ -321,7 +294,7 @@ class Port:
         return self.best([e for e in found if self.give(e, off)], off)
 
     def constants(self, off, bases=((),)):
-        """A hyper-parameter with another value, or a term that a number switches on; bases: mistakes besides."""
+        """A hyper-parameter with another value, or a term with some weight; bases: mistakes besides."""
         probe = self.probe(off)
         if not probe:
             return []
@@ -341,8 +314,8 @@ class Port:
                 if x is not None:
                     found = Mistake("constant", words.format(f"{x:.4g}"), patches(float(f"{x:.4g}")))
                     whole = ((*base, found), 0.0)
-                    if self.give(whole, off) and self.give(whole, {n: t for n, t in self.fine_beside(off).items()
-                                                                   if by_loss(n)}):
+                    fine = {n: t for n, t in self.fine_beside(off).items() if by_loss(n)}
+                    if self.give(whole, off) and self.give(whole, fine):
                         return [whole]
         return []
 
@@ -367,24 +340,16 @@ class Port:
         return [(found, off)] if found or len(apart) == 1 else apart
 
     def unstable(self, off):
-        """Selections whose rewards are right, in another order of equal ones, and what they lead to."""
+        """Selections whose rewards are right, in another order of equal ones, and what follows in 2d-dpo."""
         explained = {}
-        for regime, part in split({n: t for n, t in off.items() if n.endswith("_selected")}, by_regime).items():
-            start = next(iter(part)).split("/")[0]
-            index = {}
-            for side in pipeline.SIDES:
-                name = f"{start}/{regime}/{side}_selected"
-                index[side] = (part | self.fine).get(name, golden()[name])
-                rank = mistakes.rank(golden()[f"float64/{regime}/{side}_rewards"])
-                theirs, ours = (rank.gather(1, i.clamp(0, rank.shape[1] - 1)) for i in (index[side], golden()[name]))
-                if not torch.equal(theirs, ours):
-                    return {}
-            i_w, i_l = (index[side].clamp(min=0) for side in pipeline.SIDES)
-            theirs = Mistake("", "", mistakes.selected(lambda a, b, paired, i_w=i_w, i_l=i_l: (i_w, i_l, paired)))
-            explained |= {name: t for name, t in off.items() if by_regime(name) == regime and by_loss(name) in (
-                "", "2d-dpo") and (name in part or self.give(((theirs,), 0.0), {name: t}))}
+        chosen = {name: t for name, t in off.items() if name.endswith("_selected")}
+        for name, index in chosen.items():
+            rank = mistakes.rank(golden()[f"float64/{by_regime(name)}/{side_of(name)}_rewards"])
+            theirs, ours = (rank.gather(1, i.clamp(0, rank.shape[1] - 1)) for i in (index, golden()[name]))
+            if torch.equal(theirs, ours):
+                explained |= {n: t for n, t in off.items() if by_regime(n) == by_regime(name)
+                              and (n == name or by_loss(n) == "2d-dpo")}
         return explained
-
 
 def root(f, x, target):
     """Where f(x) is the target, by secants from x, or None."""
@@ -402,7 +367,6 @@ def root(f, x, target):
 
 # ---- Words ----
 
-
 def subject(names, verb="equal"):
     """What is wrong, in words with a verb: "dpop value equals", "tdpo2 gradient, chosen_seq_kl equal"."""
     words = {}                                                   # a dict keeps the order
@@ -419,14 +383,14 @@ def subject(names, verb="equal"):
     more = f" and {len(words) - 4} more" if len(words) > 4 else ""
     return ", ".join(words[:4]) + more + (f" {verb}" if len(words) > 1 else f" {verb}s")
 
-
 def sentences(port, explanations, off):
     """Lines about wrong results with the same explanations, or with none."""
     if not explanations:
         return [f"your {subject(off)} no known mistake's, nor two of them at once"]
     lines = []
     for i, (made, slope) in enumerate(explanations):
-        says = ", and ".join(m.says for m in made) + f", with a hinge whose slope at 0 is {slope:g}" * (slope > 0)
+        says = ", and ".join(m.says for m in made)
+        says += f", with a hinge whose slope at 0 is {slope:g}" * (slope > 0)
         if made[0].definition:
             says = f"another definition, not a mistake in the loss: {says}"
         lines.append(f"{'or equals' if i else 'your ' + subject(off)} {says}")
@@ -437,29 +401,24 @@ def sentences(port, explanations, off):
         lines.append("    (to float32's precision only: computed in float32 somewhere, besides)")
     return lines
 
-
 def float32_inside(off):
-    """The wrong results that are right to float32, or, if all others are, to float32 sums of thousands of tokens.
-
-    Returns them and words for what is the matter.
-    """
+    """The wrong results that are right to float32 or to float32 sums of many tokens, and words for it."""
     near = {name for name, t in off.items() if worst(t, golden()[name]) <= make.TOLERANCE["float32"]}
-    sums = {name for name in off if by_regime(name) == "thousands" and worst(off[name], golden()[name]) < 0.02}
+    sums = {name for name, t in off.items()
+            if by_regime(name) == "thousands" and worst(t, golden()[name]) < 0.02}
     if near | sums == off.keys() and sums - near:
         return off, "sums of thousands of tokens: add in float64, or log pi - log pi_ref token by token"
     return {name: off[name] for name in off if name in near}, "computed in float32 somewhere"
 
-
 def without(tensors, names):
     return {name: t for name, t in tensors.items() if name not in names}
-
 
 def verdict(off, fine):
     """Lines that name the mistakes behind the wrong tensors: one for all of them, else loss by loss."""
     lines, port = [], Port(fine)
     if any(dtype_name(t) in HALF for t in off.values()):
-        lines.append("half precision throughout is not expected to pass: compute in float32, or round exact results; "
-                     "below are only numbers that rounding does not explain")
+        lines.append("half precision throughout is not expected to pass: compute in float32, or round exact "
+                     "results; below are only numbers that rounding does not explain")
         off = {name: t for name, t in off.items() if dtype_name(t) not in HALF
                or worst(t, golden()[name]) > 10 * tolerance(name, t)}
     found = port.singles(off) if off else []
@@ -481,12 +440,7 @@ def verdict(off, fine):
             named.setdefault(tuple(found), {}).update(tensors)
     for found, tensors in named.items():
         lines += sentences(port, found, tensors)
-    sort = {name for name in named.get((), []) if by_loss(name) == "2d-dpo"}
-    right = {by_regime(name) for name in fine if by_loss(name) == "2d-dpo"}
-    if sort and right and all(tied(by_regime(name)) for name in sort) and not all(map(tied, right)):
-        lines.append("    (2d-dpo is off only where rewards are equal: an unstable sort? send *_selected, too)")
     return lines
-
 
 def main(argv=None):
     """Check one file, print the result. Returns the exit status."""

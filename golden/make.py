@@ -85,32 +85,32 @@ REGIMES = {
         about="a GPT of two layers: d loss / d parameter, where a gradient that never arrives shows",
         pairs=[(3, (2, 2), (3, 2)), (2, (3, 2), (2, 2, 2))], gpt=200),
     "ids": dict(
-        about="3 is end-of-text, token 0 an ordinary one; a begin-of-text, 5, before a response is not scored",
+        about="3 is end-of-text, token 0 an ordinary one; a begin-of-text (5) before a response is not",
         pairs=[(3, (3, 3), (4, 2)), (2, (2, 4), (3, 3))], chosen=-300, rejected=200, end_of_text=3,
         begin_of_text=BEGIN_OF_TEXT, lean=()),
     "close-rewards": dict(
         about="rewards 0.004 and 2e-5 apart, which differ, and sums that are equal in exact arithmetic",
-        pairs=[(2, (1, 1, 1, 2), (2, 1, 1, 1)), (1, (1, 1, 1, 1, 2), (1, 2, 1, 1))], chosen=-300, rejected=400,
-        aspect_max=(4, 4, 4, 4, 10000), aspect_weights=(0.2125, 0.1875, 0.2, 0.2, 0.2), lean=(),
+        pairs=[(2, (1, 1, 1, 2), (2, 1, 1, 1)), (1, (1, 1, 1, 1, 2), (1, 2, 1, 1))], chosen=-300,
+        aspect_max=(4, 4, 4, 4, 10000), aspect_weights=(0.2125, 0.1875, 0.2, 0.2, 0.2), lean=(), rejected=400,
         scores=[("2,3,1,2,5000 0,1,1,4,10000 1,1,1,1,5000 1,1,1,1,5001",  # 159/320 twice
                  "0,1,0,0,5200 0,1,0,0,5000 0,1,0,0,5001 4,4,4,4,9999"),
                 ("3,0,0,0,200 3,0,0,0,0 2,3,1,2,5000 0,1,2,3,10000 3,0,0,0,1",
                  "1,0,0,0,7500 1,0,0,1,5000 2,2,2,2,2 2,2,2,2,1")]),  # 13/64 twice
     "holes": dict(
         about="tokens amid a response that are not scored, tokens in no segment, a segment without a token",
-        pairs=[(2, (3, 0, 4, 2), (4, 3, 2)), (1, (3, 3), (2, 0, 3, 3))], chosen=-400, rejected=-700, holes=True,
-        lean=()),
+        pairs=[(2, (3, 0, 4, 2), (4, 3, 2)), (1, (3, 3), (2, 0, 3, 3))], chosen=-400, rejected=-700,
+        holes=True, lean=()),
     "left": dict(
         about="rows padded on the left",
         pairs=[(3, (2, 2), (3,)), (1, (2, 1, 1), (4, 3))], chosen=-300, rejected=300, left=True, lean=()),
     "vocabulary": dict(
-        about="64 tokens, of which the last four have the logit -inf in both models, as in a masked vocabulary",
+        about="64 tokens, the last four with the logit -inf in both models, as in a masked vocabulary",
         pairs=[(2, (2, 2), (3,)), (1, (3,), (2, 2))], chosen=-500, rejected=300, vocab=64, masked=4,
         lean=("tdpo2",)),
     "thousands": dict(
         about="each row 128 times on end, 2200 scored tokens: sums in float32 lose digits",
-        pairs=[(1, (5, 8, 4), (6, 6, 5)), (2, (9, 8), (10, 7))], noise=20, chosen=-12, rejected=-25, repeat=128,
-        lean=()),
+        pairs=[(1, (5, 8, 4), (6, 6, 5)), (2, (9, 8), (10, 7))], noise=20, chosen=-12, rejected=-25,
+        repeat=128, lean=()),
     "second-step": dict(
         about="policy and reference start as one GPT; each loss after a step of gradient descent on it",
         pairs=[(2, (2, 2), (3, 1)), (3, (3,), (2, 2))], gpt=0, rate=1.0, lean=()),
@@ -128,7 +128,7 @@ RESULTS = {                                                      # name: (shape,
     "ref_{side}_segment_logps": ("B,S", "the same under the reference"),
     "{side}_rewards": ("B,S", "r_k = W (scores / aspect_max); absent segments hold what the formula gives"),
     "{side}_selected": ("B,K", "int64: the segments that Eq. 6 of 2D-DPO selects, in order; -1 from k = N"),
-    "LOSS/loss": ("B", "the loss of each pair; in second-step after w - rate dL/dw, L the sum over the pairs"),
+    "LOSS/loss": ("B", "the loss of each pair; in second-step after w - rate dL/dw, L their sum"),
     "LOSS/{side}_reward": ("B", "beta log pi(y|x)/pi_ref(y|x); dpo, dpop, tdpo1, tdpo2"),
     "LOSS/grad_{side}_logps": ("B; 2d: B,S", "d loss / d logps, the KLs held fixed; 2d: / d segment_logps"),
     "LOSS/grad_{side}_seq_kl": ("B", "d loss / d D_SeqKL; tdpo1, tdpo2"),
@@ -175,8 +175,8 @@ def make_rows(name, pair, regime):
     Logits are a function of the prefix before them, as in a language model: equal prefixes, equal logits.
     """
     prompt_len, *lengths = regime["pairs"][pair]
-    extreme, noise, end = regime.get("extreme"), regime.get("noise", 900), regime.get("end_of_text", END_OF_TEXT)
-    V = regime.get("vocab", VOCAB)
+    extreme, noise = regime.get("extreme"), regime.get("noise", 900)
+    end, V = regime.get("end_of_text", END_OF_TEXT), regime.get("vocab", VOCAB)
 
     def words(part, count):                                      # any token but end-of-text and masked ones
         drawn = integers(f"{name}/{pair}/{part}", count, 0, V - 2 - regime.get("masked", 0))
@@ -247,8 +247,9 @@ def make_inputs(name):
             row_ids, row_segments, row_ref, row_policy = pair[which]
             n, at = len(row_ids), T - len(row_ids) if regime.get("left") else 0
             here = slice(at, at + n)
-            ids[b, here], segments[b, here], mask[b, here] = row_ids, row_segments, np.array(row_segments) >= 0
-            logits["ref_"][b, here], logits[""][b, here] = np.array(row_ref) / UNIT, np.array(row_policy) / UNIT
+            ids[b, here], segments[b, here] = row_ids, row_segments
+            mask[b, here] = segments[b, here] >= 0
+            logits["ref_"][b, here], logits[""][b, here] = np.array([row_ref, row_policy]) / UNIT
             if regime.get("holes"):
                 inside = np.flatnonzero(mask[b])[:-1]            # end-of-text stays
                 mask[b, inside[2::5]] = False
@@ -268,7 +269,8 @@ def make_inputs(name):
             logits[ref][..., V - regime.get("masked", 0):] = -np.inf
             rows[f"{ref}{side}_logits"] = torch.tensor(logits[ref], dtype=torch.float32)
     if "repeat" in regime:
-        return inputs | {f"period/{k}": x for k, x in rows.items()} | {"repeat": torch.tensor(regime["repeat"])}
+        inputs["repeat"] = torch.tensor(regime["repeat"])
+        return inputs | {f"period/{k}": x for k, x in rows.items()}
     if "rate" in regime:
         inputs["rate"] = torch.tensor(regime["rate"])
     return inputs | rows | (make_parameters(name, regime["gpt"]) if "gpt" in regime else {})
@@ -290,8 +292,9 @@ def make_vectors():
         inputs = make_inputs(regime)
         vectors |= {f"input/{regime}/{name}": tensor for name, tensor in inputs.items()}
         found = pipeline.results(inputs, torch.float64)
-        vectors |= {f"float64/{regime}/{name}": tensor for name, tensor in found.items() if kept(regime, name)}
-    vectors |= {name: x for name, x in in_float32(vectors).items() if "lean" not in REGIMES[name.split("/")[1]]}
+        vectors |= {f"float64/{regime}/{name}": x for name, x in found.items() if kept(regime, name)}
+    vectors |= {name: x for name, x in in_float32(vectors).items()
+                if "lean" not in REGIMES[name.split("/")[1]]}
     return {name: tensor.contiguous() for name, tensor in sorted(vectors.items())}
 
 
@@ -308,24 +311,24 @@ def make_description(vectors):
         period = "period/" * ("repeat" in REGIMES[regime])
         B, T = vectors[f"input/{regime}/{period}chosen_ids"].shape
         (S_w, A), (S_l, _) = (vectors[f"input/{regime}/{side}_scores"].shape[1:] for side in pipeline.SIDES)
-        sizes[regime] = {"about": REGIMES[regime]["about"], "B": B, "T": T, "V": REGIMES[regime].get("vocab", VOCAB), "A": A,
+        sizes[regime] = {"about": REGIMES[regime]["about"], "B": B, "T": T,
+                         "V": REGIMES[regime].get("vocab", VOCAB), "A": A,
                          "S_chosen": S_w, "S_rejected": S_l, "K": min(S_w, S_l)}
-        sizes[regime] |= {k: REGIMES[regime][k] for k in ("end_of_text", "begin_of_text") if k in REGIMES[regime]}
+        sizes[regime] |= {k: x for k, x in REGIMES[regime].items() if k in ("end_of_text", "begin_of_text")}
     return {
         "format": FORMAT,
         "names": "input/REGIME/NAME, float64/REGIME/NAME, float32/REGIME/NAME; {side} is chosen or rejected, "
                  "LOSS one of the losses below",
         "conventions": [
-            "two rows for a pair, prompt + chosen and prompt + rejected, padded with end-of-text, on the right "
-            "but for regime left",
+            "two rows for a pair, prompt + chosen and prompt + rejected, padded with end-of-text on the "
+            "right, in regime left on the left",
             "logits at column t predict token t + 1; everything else is aligned with the tokens",
             "log-probabilities are sums in nats, never means; end-of-text is scored and in the last segment",
             "segments are half-open; K = min(S_chosen, S_rejected), N the same of the segments the pair has",
             "the k-th best chosen segment meets the k-th worst rejected one, ties in the order of the text; "
-            "rewards that agree to 1e-5 are ties: sort them, a gap above 1e-5 begins a new group of equal ones",
+            "rewards that differ by rounding are ties: sorted, a gap above 1e-5 begins a new group",
             "gradients are those of the sum over the pairs; reference and rewards are constants",
-            f"float64 only: {', '.join(r for r in REGIMES if 'lean' in REGIMES[r])}; their float32 results are the "
-            "same rounded",
+            f"float64 only: {', '.join(r for r in REGIMES if 'lean' in REGIMES[r])}; float32: these rounded",
         ],
         "end_of_text": END_OF_TEXT,
         "tolerance": {"rule": "|yours - golden| <= tolerance * max(1, |golden|)", **TOLERANCE},

@@ -30,12 +30,10 @@ X_TRANSFORMERS = "lucidrains/x-transformers, x_transformers/dpo.py"
 TDPO_AUTHORS = "Vance0124/Token-level-Direct-Preference-Optimization"
 MLX = "Goekdeniz-Guelmez/mlx-lm-lora, dpo_trainer.py, and its copies"
 
-
 @dataclass(frozen=True)
 class Wrap:
     """A replacement made from the function in its place: make(function) -> function."""
     make: object
-
 
 @dataclass(frozen=True, eq=False)
 class Mistake:
@@ -60,7 +58,8 @@ class Mistake:
             module = sys.modules[module]
             there = getattr(module, attribute)
             places.append((module, attribute, there))
-            setattr(module, attribute, replacement.make(there) if isinstance(replacement, Wrap) else replacement)
+            new = replacement.make(there) if isinstance(replacement, Wrap) else replacement
+            setattr(module, attribute, new)
         try:
             yield
         finally:
@@ -69,7 +68,6 @@ class Mistake:
 
 
 SLOPE = 0.0                                                      # of every hinge below, at 0 exactly
-
 
 @contextmanager
 def applied(mistakes, slope=0.0):
@@ -84,41 +82,33 @@ def applied(mistakes, slope=0.0):
         finally:
             SLOPE = 0.0
 
-
 def combine(a, b):
     """Whether both mistakes can be made at once: neither would undo the other."""
     both = a.patches.keys() & b.patches.keys()
     return all(isinstance(a.patches[t], Wrap) or isinstance(b.patches[t], Wrap) for t in both)
 
-
 def hinge(x):
     """max(0, x), written without any framework's own, whose slope at 0 differs from one to the next."""
     return torch.where(x > 0, x, torch.where(x == 0, SLOPE * x, 0.0))
-
 
 def around(**replacements):
     """Patches of golden.pipeline."""
     return {f"golden.pipeline.{name}": function for name, function in replacements.items()}
 
-
 def inside(**replacements):
     """Patches of losses.py."""
     return {f"losses.{name}": function for name, function in replacements.items()}
 
-
 def sg(x):
     return x.detach()
-
 
 def softplus(h):
     """-log sigma(-h)"""
     return -F.logsigmoid(-h)
 
-
 def nls(h):
     """-log sigma(h), with the log-sigmoid that losses.py uses at that moment."""
     return -losses.F.logsigmoid(h)
-
 
 def mean_of_rows(values, row, rows):
     count = right.segment_sum(torch.ones_like(values), row, rows)
@@ -127,41 +117,33 @@ def mean_of_rows(values, row, rows):
 
 # ---- The batch: which logits, which tokens, which segments ----
 
-
 def one_later(x, first):
     """Each row moved one column to the right; `first` is what enters on the left."""
     return torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], dim=1)
 
-
 def prompt_too(ids, mask):
     return (mask.flip(1).cumsum(1).flip(1) > 0) & (torch.arange(ids.shape[1]) > 0)  # nothing predicts token 0
-
 
 def last_prompt_token_too(ids, mask):
     return mask | one_later(mask.flip(1), False).flip(1) & prompt_too(ids, mask)
 
-
 def padding_too(ids, mask):
     return mask.cumsum(1) > 0                                    # from the first response token on
-
 
 def without_end_of_text(ids, mask):
     return mask & (mask.flip(1).cumsum(1).flip(1) > 1)           # all but the last token of the response
 
-
 def begin_of_text_too(ids, mask):
     return mask | (ids == 5) & one_later(mask.flip(1), False).flip(1)
-
 
 def between_too(ids, mask):
     return padding_too(ids, mask) & (mask.flip(1).cumsum(1).flip(1) > 0)
 
-
 def counted_from_the_left(ids, mask):
     """The response's columns less those of the padding before the prompt: as if rows began at column 0."""
     pads = ((ids == ids[:, -1:]).cumprod(1).sum(1) * mask[:, -1]).unsqueeze(1)  # no right padding: left
-    return mask.gather(1, (torch.arange(ids.shape[1]) + pads) % ids.shape[1]) & (torch.arange(ids.shape[1]) > 0)
-
+    column = torch.arange(ids.shape[1])
+    return mask.gather(1, (column + pads) % len(column)) & (column > 0)
 
 def label_kl(estimate):
     """A KL from the log-probabilities of the label alone; estimate(log q, log s)."""
@@ -169,11 +151,9 @@ def label_kl(estimate):
         return estimate(*(right.token_logps(z[where], ids[where]) for z in (ref_logits, logits)))
     return around(position_kl=position_kl)
 
-
 def kl_one_column_late(ref_logits, logits, ids, where):
     after = where[0], (where[1] + 1).clamp(max=ids.shape[1] - 1)
     return losses.token_kl(ref_logits[after], logits[after])
-
 
 def segments_from_row_start(ids, segments, mask):
     """Boundaries counted in response tokens, looked up at the column of prompt + response."""
@@ -182,34 +162,28 @@ def segments_from_row_start(ids, segments, mask):
     column = torch.minimum(torch.arange(ids.shape[1]) + start, last)  # column t: response token t
     return torch.where(mask, segments.gather(1, column), -1)
 
-
 def boundary_in_the_segment_before(ids, segments, mask):
     before = one_later(segments, -1)
     return torch.where(before >= 0, before, segments)
-
 
 def boundary_counted_twice(token_logps, segments, num):
     before = one_later(segments, -1)
     again = torch.where((before != segments) & (segments >= 0), before, -1)  # n_k + l_k opens k + 1
     return stage.segment_logps(token_logps, segments, num) + stage.segment_logps(token_logps, again, num)
 
-
 def each_side(change):
     """The scores of each side changed by change(scores, aspect_max, present)."""
     return around(normalised=lambda scores, top, present: {side: change(x, top, present[side])
                                                            for side, x in scores.items()})
-
 
 def min_max(scores, aspect_max, present):
     low, high = (torch.where(present[..., None], scores, x * torch.inf) for x in (1, -1))  # (B, S, A)
     low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
     return (scores - low) / (high - low)
 
-
 def maximum_of_the_batch(scores, aspect_max, present):
     top = torch.cat([x[present[side]] for side, x in scores.items()]).amax(0)  # (A,)
     return {side: x / top for side, x in scores.items()}
-
 
 def sequence_loss(change):
     """A loss without segments changed around its call: change(call, q) -> loss, where call(q) is the loss."""
@@ -221,14 +195,12 @@ def sequence_loss(change):
         return loss_value
     return around(loss_value=Wrap(make))
 
-
 def policy_tail_halved(call, q):
     """LD-DPO's discount of the tokens beyond the shorter response, on the policy's log-probabilities."""
     shorter = torch.minimum(*(q[f"{side}_mask"].sum(1) for side in pipeline.SIDES)).unsqueeze(1)
     tail = {f"{side}_logps": q[f"{side}_logps"] - 0.5 * torch.where(
-        q[f"{side}_mask"].cumsum(1) > shorter, q[f"{side}_token_logps"], 0.0).sum(1) for side in pipeline.SIDES}
+        q[f"{side}_mask"].cumsum(1) > shorter, q[f"{side}_token_logps"], 0).sum(1) for side in pipeline.SIDES}
     return call(q | tail)
-
 
 def dpop_per_token(name, q):
     if name != "dpop":
@@ -238,13 +210,11 @@ def dpop_per_token(name, q):
     ratios = q["chosen_logps"] - q["ref_chosen_logps"] - (q["rejected_logps"] - q["ref_rejected_logps"])
     return nls(beta * (ratios - lam * penalty))
 
-
 def reward(value):
     """Another implicit reward: value(the right one, quantities, side, hyper-parameters, name of the loss)."""
     def implicit_reward(name, q, side):
         return value(stage.implicit_reward(name, q, side), q, side, pipeline.HYPER[name], name)
     return around(implicit_reward=implicit_reward)
-
 
 def with_penalty(value, q, side, knobs, name):
     if (name, side) != ("dpop", "chosen"):
@@ -330,7 +300,8 @@ BATCH = [
     Mistake("2d-boundary-off-by-one", "segments that start one token late: the first token of a segment in "
             "the one before", around(token_segments=boundary_in_the_segment_before)),
     Mistake("2d-end-of-text-outside", "an end-of-text in no segment: it belongs to the last",
-            around(token_segments=lambda ids, segments, mask: torch.where(without_end_of_text(ids, mask), segments, -1))),
+            around(token_segments=lambda ids, segments, mask: torch.where(
+                without_end_of_text(ids, mask), segments, -1))),
     Mistake("2d-raw-scores", "scores not divided by their aspect's maximum",
             each_side(lambda scores, aspect_max, present: scores)),
     Mistake("2d-one-maximum", "all scores divided by one maximum: each aspect has its own",
@@ -344,7 +315,6 @@ BATCH = [
 
 # ---- From logits to log-probabilities ----
 
-
 def with_log_softmax(log_softmax):
     """Both functions of losses.py that take a log-softmax, with another one."""
     def token_logps(logits, targets):
@@ -355,13 +325,11 @@ def with_log_softmax(log_softmax):
         return (log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_s, 0.0)).sum(-1)
     return inside(token_logps=token_logps, token_kl=token_kl)
 
-
 def with_floor(x):
     """No logit more than 64 below the largest; the gradient does not see it."""
     finite = torch.where(x > -torch.inf, x, 0.0)
     floored = torch.maximum(x, x.amax(-1, keepdim=True) - 64)
     return (sg(floored) + finite - sg(finite)).log_softmax(-1)
-
 
 def kl_of_the_top(z_ref, z):
     """KL over the 10 tokens that the reference finds likeliest."""
@@ -369,11 +337,9 @@ def kl_of_the_top(z_ref, z):
     log_q, top = log_q.topk(min(10, z.shape[-1]), -1)
     return (log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_s.gather(-1, top), 0.0)).sum(-1)
 
-
 def zero_times_infinity(z_ref, z):
     log_q = z_ref.log_softmax(-1)
     return (log_q.exp() * (log_q - z.log_softmax(-1))).sum(-1)
-
 
 def clipped_kl(z_ref, z):
     q, p = (torch.where(x.softmax(-1) < 1e-7, 1e-7, x.softmax(-1)) for x in (z_ref, z))
@@ -395,7 +361,8 @@ LOGPS = [
     Mistake("kl-top-10", "a KL over the reference's ten likeliest tokens alone",
             inside(token_kl=kl_of_the_top)),
     Mistake("base-2-log", "logarithms to the base 2: the unit is the nat",
-            inside(token_logps=lambda z, y: right.token_logps(z, y) / math.log(2), token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / math.log(2))),
+            inside(token_logps=lambda z, y: right.token_logps(z, y) / math.log(2),
+                   token_kl=lambda z_ref, z: right.token_kl(z_ref, z) / math.log(2))),
     Mistake("logits-not-normalised", "the label's logit itself, without log_softmax",
             inside(token_logps=lambda z, y: right.token_logps(z, y) + z.logsumexp(-1))),
     Mistake("probability-for-logp", "probabilities where log-probabilities belong",
@@ -418,9 +385,8 @@ LOGPS = [
 SEQUENCE = ("dpo_loss", "dpop_loss", "tdpo1_loss", "tdpo2_loss")
 SEGMENTS = ("dpo2d_vanilla_loss", "dpo2d_loss")
 
-
 def calls(names, change):
-    """The losses that stand there, called with other arguments: change(list of arguments, hyper-parameters)."""
+    """The losses that stand there, called with other arguments: change(arguments, hyper-parameters)."""
     def patch(name):
         def make(loss):
             def wrong(*args, **knobs):
@@ -430,10 +396,8 @@ def calls(names, change):
         return Wrap(make)
     return inside(**{name: patch(name) for name in names})
 
-
 def beta(change):
     return calls(SEQUENCE + SEGMENTS, lambda args, knobs: (args, knobs | {"beta": change(knobs["beta"])}))
-
 
 def order(names, *first):
     """The losses with their first arguments in another order; None stands for zeros."""
@@ -441,35 +405,28 @@ def order(names, *first):
         return [0 * args[i] if k is None else args[k] for i, k in enumerate(first)] + args[len(first):], knobs
     return calls(names, change)
 
-
 def beta_in_front(loss):
     return Wrap(lambda there: lambda *args, **knobs: (right.knobs_of(loss) | knobs)["beta"] * there(
         *args, **knobs | {"beta": 1.0}))
 
-
 def detached(*which):
-    """The policy's log-probabilities, of the chosen response (0), of the rejected one (1), without gradient."""
+    """The policy's log-probabilities, chosen (0) or rejected (1) or both, without gradient."""
     return calls(SEQUENCE + SEGMENTS, lambda args, knobs: (
         [sg(x) + 0 * x if i in which else x for i, x in enumerate(args)], knobs))
-
 
 def logsigmoid(replacement):
     """Patches losses.py's own view of torch.nn.functional, and nobody else's."""
     return inside(F=SimpleNamespace(**(vars(F) | {"logsigmoid": replacement})))
 
-
 def minus(loss):
     """The same, from what stands in the place of -log sigma(h)."""
     return logsigmoid(lambda h: -loss(h))
 
-
 def smoothing(epsilon):
     return minus(lambda h: (1 - epsilon) * softplus(-h) + epsilon * softplus(h))
 
-
 def margin_ranking(w, l_, ref_w, ref_l, *, beta=0.1):
     return hinge(1 - (w - l_))
-
 
 def label_logits(z, y):
     return right.token_logps(z, y) + z.logsumexp(-1)
@@ -517,7 +474,6 @@ PAIRS = [
 
 # DPOP. Each variant is a function of p: log-ratios c_w and c_l, h = beta (c_w - c_l), hinge = max(0, -c_w),
 # beta, lam, bl = beta lam, and win = log pi(y_w|x) - log pi(y_l|x).
-
 
 def dpop(loss):
     def wrong(w, l_, ref_w, ref_l, *, beta=0.3, lam=50.0):
@@ -576,20 +532,17 @@ DPOP = [
 
 # ---- TDPO. Each variant gives the margin from u, beta times the two KLs, alpha and beta ----
 
-
 def tdpo1(margin):
     def wrong(w, l_, ref_w, ref_l, seq_kl_w, seq_kl_l, *, beta=0.1):
         u, a = beta * (w - ref_w) - beta * (l_ - ref_l), pipeline.HYPER["tdpo2"]["alpha"]
         return nls(margin(u, beta * seq_kl_w, beta * seq_kl_l, a, beta))
     return inside(tdpo1_loss=wrong)
 
-
 def tdpo2(margin):
     def wrong(w, l_, ref_w, ref_l, seq_kl_w, seq_kl_l, *, beta=0.1, alpha=0.5):
         u = beta * (w - ref_w) - beta * (l_ - ref_l)
         return nls(margin(u, beta * seq_kl_w, beta * seq_kl_l, alpha, beta))
     return inside(tdpo2_loss=wrong)
-
 
 def delta(wrong):
     """Another delta(K_w, K_l, beta) in both forms; K_w is detached and alpha in front in TDPO2."""
@@ -639,35 +592,28 @@ TDPO = [
 
 # ---- 2D-DPO: the rewards, the sums, the selection ----
 
-
 def weigh(rewards):
     return inside(segment_rewards=rewards)
-
 
 def rewards(change, names=SEGMENTS):
     """The right 2D losses with other rewards; change(r_w, r_l, mask_w, mask_l) gives both."""
     return calls(names, lambda args, knobs: ([*args[:4], *change(*args[4:]), *args[6:]], knobs))
 
-
 def each(change, names=SEGMENTS):
     """The same change of both sides' rewards, change(r, mask)."""
     return rewards(lambda r_w, r_l, m_w, m_l: (change(r_w, m_w), change(r_l, m_l)), names)
-
 
 def swapped(r_w, r_l, m_w, m_l):
     """Each side weighted with the other side's rewards, where the other side has that segment."""
     S = min(r_w.shape[1], r_l.shape[1])
     return torch.cat([r_l[:, :S], r_w[:, S:]], 1), torch.cat([r_w[:, :S], r_l[:, S:]], 1)
 
-
 def reward_on_policy_only(args, knobs):
     w, l_, ref_w, ref_l, r_w, r_l, *masks = args
     return [r_w * w, r_l * l_, ref_w, ref_l, torch.ones_like(r_w), torch.ones_like(r_l), *masks], knobs
 
-
 def pair_sum(h, paired):
     return torch.where(paired, nls(h), 0.0).sum(-1)
-
 
 def group(margin=lambda a, b: a - b, combine=pair_sum, weights=lambda r_w, r_l: (r_w, r_l)):
     """Eq. 6 with another margin of a pair, another way to combine pairs, or other weights once selected."""
@@ -679,12 +625,10 @@ def group(margin=lambda a, b: a - b, combine=pair_sum, weights=lambda r_w, r_l: 
         return combine(beta * margin(a, b), paired)
     return inside(dpo2d_loss=loss)
 
-
 def rank(r):
     """The rewards (B, S) as numbers 0, 1, ... of their groups: sorted, a gap above 1e-5 begins a new one."""
     value, index = r.sort(dim=-1)
     return torch.zeros_like(index).scatter(-1, index, F.pad((value.diff(dim=-1) > 1e-5).cumsum(-1), (1, 0)))
-
 
 def selection(key_w=lambda r: -rank(r), key_l=rank, reverse_ties=False):
     """select_segments by other sort keys, or with ties in the reverse order."""
@@ -700,25 +644,20 @@ def selection(key_w=lambda r: -rank(r), key_l=rank, reverse_ties=False):
         return ranked(key_w(r_w), m_w)[:, :K], ranked(key_l(r_l), m_l)[:, :K], paired
     return inside(select_segments=select)
 
-
 def selected(change):
     """select_segments with its result changed: change(i_w, i_l, paired)."""
     return inside(select_segments=lambda *args: change(*right.select_segments(*args)))
 
-
 def n_of_the_batch(i_w, i_l, paired):
     return i_w, i_l, paired & (torch.arange(paired.shape[1]) < paired.sum(-1).min())
-
 
 def worst_last(i_w, i_l, paired):
     k = torch.arange(paired.shape[1])
     return i_w, i_l.gather(-1, torch.where(paired, paired.sum(-1, keepdim=True) - 1 - k, k)), paired
 
-
 def in_text_order(i_w, i_l, paired):
     i_w, i_l = (torch.where(paired, i, i.shape[1] + 99).sort(-1).values for i in (i_w, i_l))
     return torch.where(paired, i_w, 0), torch.where(paired, i_l, 0), paired
-
 
 def leftovers_alone(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta=0.1):
     """The segments that were not selected enter after all, each against nothing."""
@@ -728,7 +667,6 @@ def leftovers_alone(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta=0.1):
         used = torch.zeros_like(mask).scatter(-1, index, paired)
         loss = loss + pair_sum(h, mask & ~used)
     return loss
-
 
 def all_pairs(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta=0.1):
     a, b = r_w * (w - ref_w), r_l * (l_ - ref_l)
@@ -756,7 +694,8 @@ TWO_D = [
     Mistake("2d-rewards-from-minus-1", "rewards stretched to [-1, 1] (2r - 1): they stay in [0, 1]",
             each(lambda r, m: 2 * r - 1)),
     Mistake("2d-one-minus-r", "1 - r as the weight of rejected segments: both sides have r",
-            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_vanilla_loss",)) | group(weights=lambda r_w, r_l: (r_w, 1 - r_l))),
+            rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_vanilla_loss",))
+            | group(weights=lambda r_w, r_l: (r_w, 1 - r_l))),
     Mistake("2d-one-minus-r-selected", "1 - r as the reward of rejected segments, so that the best are "
             "selected", rewards(lambda r_w, r_l, m_w, m_l: (r_w, 1 - r_l), ("dpo2d_loss",))),
     Mistake("2d-vanilla-reward-sign", "r_l log pi/pi_ref added inside the log-sigmoid: the equation "
@@ -809,12 +748,10 @@ BY_NAME = {mistake.name: mistake for mistake in MISTAKES}
 
 # ---- Constants: a right loss with another number in it. check.py reads the number off a port's results ----
 
-
 def knob(name, loss):
     """One hyper-parameter of one loss with another value."""
     function = losses.LOSSES[loss].__name__
     return lambda x: calls((function,), lambda args, knobs: (args, knobs | {name: x}))
-
 
 def constants(loss):
     """What may be off in one loss: (words with room for the number, golden's number, number -> patches)."""

@@ -27,7 +27,6 @@ TERMS = {name: losses.terms_of(losses.LOSSES[name]) for name in HYPER}  # the na
 
 # ---- Stages. The right choice of each is one line; the comment says what a wrong one would do ----
 
-
 def predicting_logits(logits):
     """The logits that predict token t, at column t: the shift by one. (B, T, V) -> (B, T, V).
 
@@ -35,36 +34,29 @@ def predicting_logits(logits):
     """
     return torch.cat([torch.zeros_like(logits[:, :1]), logits[:, :-1]], dim=1)  # (B, T, V)
 
-
 def scored_tokens(ids, response_mask):
     """Which tokens count: all of the response, its end-of-text included, and nothing else. (B, T), bool."""
     return response_mask
-
 
 def kl_tokens(ids, response_mask):
     """At which tokens the sequential KL is summed: the same ones. (B, T), bool."""
     return scored_tokens(ids, response_mask)
 
-
 def position_kl(ref_logits, logits, ids, where):
     """KL(pi_ref || pi) over the full vocabulary, whatever the token. (B, T, V) twice, (B, T) -> (N,)."""
     return losses.token_kl(ref_logits[where], logits[where])
-
 
 def sequence_sum(values, row, rows):
     """log pi(y|x) from its tokens. (N,), (N,) -> (rows,)."""
     return losses.segment_sum(values, row, rows)
 
-
 def sequence_kl(values, row, rows):
     """D_SeqKL from its positions. (N,), (N,) -> (rows,)."""
     return losses.segment_sum(values, row, rows)
 
-
 def token_segments(ids, segments, response_mask):
     """The segment of every token, -1 for none. (B, T) -> (B, T)."""
     return segments
-
 
 def segment_logps(token_logps, segments, num):
     """Log-probabilities summed over each half-open segment. (B, T), (B, T) -> (B, num)."""
@@ -74,27 +66,22 @@ def segment_logps(token_logps, segments, num):
     sums = losses.segment_sum(token_logps.flatten(), slot.flatten(), rows * (num + 1))
     return sums.view(rows, num + 1)[:, :num]                     # (B, num)
 
-
 def normalised(scores, aspect_max, present):
     """Each aspect divided by its maximum, to [0, 1]. Dicts by side of (B, S, A) and of (B, S), bool; (A,)."""
     return {side: x / aspect_max for side, x in scores.items()}
 
-
 def implicit_reward(name, q, side):
     """beta log pi(y|x)/pi_ref(y|x), what a log calls the reward of a loss. Returns (B,)."""
     return HYPER[name]["beta"] * (q[f"{side}_logps"] - q[f"ref_{side}_logps"])
-
 
 def loss_value(name, q):
     """The loss (B,) from the quantities q of the regime: one call into losses.py."""
     function = getattr(losses, losses.LOSSES[name].__name__)     # by name: a mistake may stand there
     return function(*[q[source(name, term)] for term in TERMS[name]], **HYPER[name])
 
-
 def objective(loss):
     """What is differentiated: the sum over the pairs, so that each pair's gradient is its own. (B,) -> ()."""
     return loss.sum()
-
 
 def reference_after_the_step(policy, reference):
     """The reference's parameters after the policy's step: as they were. Both are dicts by name."""
@@ -103,13 +90,11 @@ def reference_after_the_step(policy, reference):
 
 # ---- The whole way ----
 
-
 def source(name, term):
     """The quantity that a loss receives under this name: one with segments takes sums per segment."""
     if "chosen_rewards" in TERMS[name]:
         return term.replace("_logps", "_segment_logps").replace("_mask", "_segment_mask")
     return term
-
 
 def unrolled(inputs):
     """The inputs with every row as often one after the other as `repeat` says, where a regime has it."""
@@ -120,22 +105,19 @@ def unrolled(inputs):
             for name, x in inputs.items() if name.startswith("period/")}
     return inputs | rows                                         # (B, T, ...) -> (B, times T, ...)
 
-
 def model_of(weights):
     """The GPT with these parameters, by name."""
     layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
     (vocab_size, n_embd), block_size = weights["wte.weight"].shape, len(weights["wpe.weight"])
-    with torch.random.fork_rng(devices=[]):                      # the random numbers of its start are not used
+    with torch.random.fork_rng(devices=[]):                      # its random start is not used
         gpt = GPT(GPTConfig(vocab_size, block_size, len(layers), N_HEAD, n_embd))
     gpt.load_state_dict(weights, assign=True)
     return gpt
-
 
 def parameters_of(inputs, which, dtype):
     """The parameters of "policy" or "reference" among the inputs, by name; "model/" is both."""
     starts = (f"{which}/", "model/")
     return {name.split("/", 1)[1]: x.to(dtype) for name, x in inputs.items() if name.startswith(starts)}
-
 
 def logits_of_models(inputs, policy, reference):
     """The logits that two GPTs give, by name, and the policy's parameters, by name."""
@@ -148,7 +130,6 @@ def logits_of_models(inputs, policy, reference):
             parameters = dict(gpt.named_parameters())
     return logits, parameters
 
-
 def all_logits(inputs, dtype):
     """The logits of a regime, by name, and the parameters behind them: given, or computed by two GPTs."""
     if "chosen_logits" not in inputs:
@@ -158,7 +139,6 @@ def all_logits(inputs, dtype):
              for side in SIDES for ref in ("", "ref_")}
     return given | {f"{side}_logits": given[f"{side}_logits"].requires_grad_() for side in SIDES}, {}
 
-
 def quantities(inputs, logits, dtype):
     """Everything below the losses: log-probabilities per token, segment and sequence, KL, rewards.
 
@@ -166,8 +146,9 @@ def quantities(inputs, logits, dtype):
     dtype to compute in. Returns a dict by name.
     """
     q = {}
-    present = {side: (inputs[f"{side}_segments"].unsqueeze(-1) == torch.arange(inputs[f"{side}_scores"].shape[1]))
-               .any(1) for side in SIDES}                        # (B, S)
+    slots = {side: torch.arange(inputs[f"{side}_scores"].shape[1]) for side in SIDES}  # (S,)
+    present = {side: (inputs[f"{side}_segments"].unsqueeze(-1) == slots[side]).any(1)
+               for side in SIDES}                                # (B, S)
     for side in SIDES:
         ids, mask = inputs[f"{side}_ids"], inputs[f"{side}_response_mask"]  # (B, T)
         B, T = ids.shape
@@ -196,7 +177,6 @@ def quantities(inputs, logits, dtype):
         q[f"{side}_rewards"] = losses.segment_rewards(scores[side], inputs["aspect_weights"].to(dtype))
     return q
 
-
 def results_below(q):
     """The results that belong to no loss: sums, KLs, rewards, the selection."""
     out = {f"{ref}{side}_{what}": q[f"{ref}{side}_{what}"] for side in SIDES for ref in ("", "ref_")
@@ -208,7 +188,6 @@ def results_below(q):
     out["chosen_selected"] = torch.where(paired, i_w, -1)        # (B, K)
     out["rejected_selected"] = torch.where(paired, i_l, -1)      # (B, K)
     return {name: value.detach() for name, value in out.items()}
-
 
 def results_of(name, q, logits, parameters, gradients=True):
     """The results of one loss: its value, its rewards, its gradients.
@@ -228,16 +207,14 @@ def results_of(name, q, logits, parameters, gradients=True):
                                                 materialize_grads=True), strict=True))
     return {name: value.detach() for name, value in (out | rewards_of(name, q)).items()}
 
-
 def rewards_of(name, q):
     """What a log calls the rewards of a loss, by name: of the four losses without segments."""
     if "ref_chosen_logps" not in TERMS[name] or "chosen_rewards" in TERMS[name]:
         return {}
     return {f"{name}/{side}_reward": implicit_reward(name, q, side) for side in SIDES}
 
-
 def results_after_a_step(name, inputs, dtype):
-    """One loss and its rewards after one step of gradient descent on it, w - rate dL/dw, from the reference."""
+    """One loss and its rewards after a step of gradient descent on it, w - rate dL/dw, from the reference."""
     policy, reference = (parameters_of(inputs, which, dtype) for which in ("policy", "reference"))
     logits, parameters = logits_of_models(inputs, policy, reference)
     loss = objective(loss_value(name, quantities(inputs, logits, dtype)))
@@ -248,7 +225,6 @@ def results_after_a_step(name, inputs, dtype):
     q = quantities(inputs, logits, dtype)
     return {name: value.detach() for name, value in
             ({f"{name}/loss": loss_value(name, q)} | rewards_of(name, q)).items()}
-
 
 def results(inputs, dtype, gradients=True):
     """Every golden result of one regime.

@@ -22,15 +22,6 @@ from golden import check, make, mistakes
 FAILURES = (Exception, pytest.fail.Exception)                    # the latter is no Exception
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def load(*files):
     """The tests without arguments in these files, name -> function."""
     tests = {}
@@ -111,19 +102,14 @@ def test_every_known_mistake_shows_in_the_golden_vectors_and_no_two_alike(monkey
             found = {}                                           # a result of each part, and who is in it
             for mistake in group:
                 x = torch.cat([check.result((mistake,) if mistake else (), 0.0, name).double().flatten()
-                               for name in names_of(regime)])
+                               for name in check.golden() if name.startswith(f"float64/{regime}/")
+                               and (check.cost(name) != 3 or "/tdpo2/" in name)])  # few of the slow gradients
                 x = x.nan_to_num(nan=1e99, posinf=1e99, neginf=1e99)
                 same = next((y for y in found if y.allclose(x, rtol=1e-9, atol=1e-9)), x)
                 found.setdefault(same, []).append(mistake)
             parts += [part for part in found.values() if len(part) > 1]
         alike = parts
     assert [[m.name if m else "right" for m in part] for part in alike] == []
-
-
-def names_of(regime):
-    """The float64 results of a regime but gradients in logits and parameters, of tdpo2 these, too."""
-    return [name for name in check.golden() if name.startswith(f"float64/{regime}/")
-            and (check.cost(name) != 3 or "/tdpo2/" in name)]
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def gpt_logits(weights, ids, xp):
 
 
 def results(port, xp, grad, x):
-    """Every golden result of a regime, by its name there, from the inputs by theirs: arrays of the library xp."""
+    """Every golden result of a regime by name, from its inputs by name, arrays of the library xp."""
     if "repeat" in x:
         x = x | {name.removeprefix("period/"): xp.concatenate([t] * int(x["repeat"]), 1)
                  for name, t in x.items() if name.startswith("period/")}
@@ -56,7 +56,8 @@ def results(port, xp, grad, x):
     def parameters(which):                                       # logits, or those of a model
         if "chosen_logits" in x:
             return {f"_{side}_logits": x[f"{'ref_' * (which == 'reference')}{side}_logits"] for side in SIDES}
-        return {"/" + name.split("/")[1]: t for name, t in x.items() if name.startswith((f"{which}/", "model/"))}
+        starts = (f"{which}/", "model/")
+        return {"/" + name.split("/")[1]: t for name, t in x.items() if name.startswith(starts)}
 
     def both(policy, reference):
         """What the losses are made of, for chosen and for rejected."""
@@ -74,8 +75,8 @@ def results(port, xp, grad, x):
                 for side, q in zip(SIDES, found, strict=True)}
 
     policy, reference, out = parameters("policy"), parameters("reference"), {}
-    slopes = {name: grad(lambda p, name=name: port.loss_of(name, *both(p, reference), **KNOBS[name]).sum())(policy)
-              for name in KNOBS}
+    slopes = {name: grad(lambda p, name=name, knobs=knobs: port.loss_of(
+        name, *both(p, reference), **knobs).sum())(policy) for name, knobs in KNOBS.items()}
     if "rate" in x:                                              # each loss after a step of gradient descent
         for name in KNOBS:
             found = both({k: t - x["rate"] * slopes[name][k] for k, t in policy.items()}, reference)
@@ -86,7 +87,8 @@ def results(port, xp, grad, x):
         out |= {f"ref_{side}_{name[4:]}" if name.startswith("ref_") else f"{side}_{name}": t
                 for name, t in q.items() if name != "has"}
     *index, paired = port.selected(*(q[k] for k in ("rewards", "has") for q in found))
-    out |= {f"{side}_selected": xp.where(paired, i.astype(xp.int64), -1) for side, i in zip(SIDES, index, strict=True)}
+    out |= {f"{side}_selected": xp.where(paired, i.astype(xp.int64), -1)
+            for side, i in zip(SIDES, index, strict=True)}
     for name, knobs in KNOBS.items():
         out |= {f"{name}/loss": port.loss_of(name, *found, **knobs)} | rewards(name, found)
         arguments = [{k: t for k, t in q.items() if k in ("logps", "segment_logps", "seq_kl")} for q in found]
@@ -100,7 +102,7 @@ def results(port, xp, grad, x):
 
 
 def compare(results, tmp_path, capsys, dtype, regimes):
-    """results: of a regime's inputs, NumPy arrays by name, under golden's names, with more padding or without."""
+    """results: a function of a regime's inputs, NumPy arrays; it may give more padding than golden."""
     theirs = {}
     for regime in regimes:
         x = {name.split("/", 2)[2]: t for name, t in GOLDEN.items() if name.startswith(f"input/{regime}/")}
@@ -124,8 +126,8 @@ def test_mlx_gives_every_golden_result(dtype, tmp_path, capsys):
     port = importlib.import_module("ports.mlx_losses")
 
     def of(x):
-        arrays = {name: mx.array(t, getattr(mx, "bool_" if t.dtype == bool else str(t.dtype))) for name, t in x.items()}
-        return results(port, mx, mx.grad, arrays)
+        dtypes = {name: getattr(mx, "bool_" if t.dtype == bool else str(t.dtype)) for name, t in x.items()}
+        return results(port, mx, mx.grad, {name: mx.array(t, dtypes[name]) for name, t in x.items()})
 
     compare(of, tmp_path, capsys, dtype, [r for r in REGIMES if dtype == "float64" or r != "thousands"])
 
