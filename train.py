@@ -299,7 +299,7 @@ def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
     """
     loss = LOSSES[cfg.loss]
     policy, model = make(cfg, tokenizer)
-    identity |= folder.identity_of(cfg, pairs, val, tokenizer, policy if cfg.init else None, model)
+    identity = folder.identity_of(cfg, pairs, val, tokenizer, policy if cfg.init else None, model) | identity
     maximum = pairs.score_maximum() if "chosen_rewards" in terms_of(loss) else None
     pairs, val = (as_read(part, cfg, maximum) for part in (pairs, val))
     with folder.Run(cfg, identity, policy, tokenizer, pairs, val, maximum) as this:

@@ -32,8 +32,8 @@ PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full i
 FREE = {*PATHS, "out_dir", "resume", "overwrite", "settings", "steps", "micro_batch_size",
         "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every", "log_every", "device",
         "compile", "compile_head", "head_tokens"}
-RESULT = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.tiktoken",
-          *vocab.OF_TRANSFORMERS)
+RESULT = ("model.safetensors*", "model-*-of-*.safetensors", "config.json", "generation_config.json",
+          "tokenizer.tiktoken", *vocab.OF_TRANSFORMERS)
 
 
 def read_run(folder):
@@ -54,7 +54,8 @@ def full(path):
     """A path, or some, in full; names of models and tokenizers as they are."""
     if isinstance(path, tuple):
         return [full(p) for p in path]
-    return path if path in (None, *pretrained.NAMES, "bytes") else str(Path(path).resolve())
+    is_name = path in (None, *pretrained.NAMES, "bytes") or not Path(path).exists()  # of a model hub, say
+    return path if is_name else str(Path(path).resolve())
 
 
 def open_model(name, vocab_multiple=1):

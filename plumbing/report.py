@@ -14,6 +14,8 @@ from tqdm import tqdm
 from plumbing import machine, ranks
 from plumbing.errors import ConfigError, DataError, ModelError, RunError
 
+PROGRAM = "train.py"  # what goes on with a run; ports/huggingface.py puts its own name here
+
 
 @ranks.only_main
 def say(text):
@@ -22,7 +24,8 @@ def say(text):
 
 def bar(items, name, *sizes, **options):
     """A progress bar, on a terminal only."""
-    return tqdm(items, name, *sizes, **options, disable=True if ranks.rank() else None)
+    hidden = ranks.rank() or sys.stderr is None
+    return tqdm(items, name, *sizes, **options, disable=True if hidden else None)
 
 
 # ---- A run's lines ----
@@ -103,7 +106,7 @@ def unhealthy_step(step, terms, norm, places):
 
 def stopped(number, step, cfg):
     say(f"{number.name}: stopped after step {step} and saved; go on with\n"
-        f"  python train.py --resume --out_dir {shlex.quote(cfg.out_dir)}\n"
+        f"  python {PROGRAM} --resume --out_dir {shlex.quote(cfg.out_dir)}\n"
         "or, where this is the SFT before another run, with that run's command again")
 
 
@@ -131,14 +134,20 @@ def table(n, before, after):
 
 
 @ranks.only_main
-def answers_and_next(cfg, tokenizer, val, policy, reference):
-    """Two sampled answers side by side, and what to type next."""
+def answers(cfg, tokenizer, val, policy, reference):
+    """Two sampled answers side by side."""
     prompts = {tuple(val[i].prompt.tolist()) for i in range(len(val))}
     for prompt in sorted(prompts, key=len)[:2] if reference else []:
         say(f"prompt     {tokenizer.decode(prompt).strip()}")
         for name, model in (("reference", reference), ("policy", policy)):
             say(f"{name:10} {answer(model, tokenizer, prompt, cfg.seed)}")
         say("")
+
+
+@ranks.only_main
+def answers_and_next(cfg, tokenizer, val, policy, reference):
+    """The answers, and what to type next."""
+    answers(cfg, tokenizer, val, policy, reference)
     folder = shlex.quote(cfg.out_dir)
     say(f"saved in {folder}: model.safetensors, config.json, tokenizer, run.json, log.jsonl, checkpoints")
     if reference:

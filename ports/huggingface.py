@@ -2,9 +2,8 @@
 
     python ports/huggingface.py --init FOLDER_OR_NAME --data FILE ... [--lora RANK] [flags of train.py]
 
-`Policy` gives the model the shape of model.GPT; the rest is train.py: step, evaluation, remembered reference,
-log, --resume. --lora RANK trains adapters (needs peft); the reference is then the same model without them.
-The result is a folder for transformers, vLLM and the like.
+`Policy` gives the model the shape of model.GPT; the rest is train.py, its --resume and torchrun too. The
+result is a folder for transformers, vLLM and the like, and --init FOLDER --ask TEXT samples it.
 """
 
 import sys
@@ -13,42 +12,57 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 import train  # isort: skip  (before torch, which reads its settings when it is imported)
 
-from contextlib import nullcontext
-from types import SimpleNamespace
+import shlex
+import shutil
+from dataclasses import replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.logging import disable_progress_bar
 
 from losses import LOSSES
-from plumbing import flags, machine, report
-from plumbing.folder import identity_of, weights_hash
-from ports.huggingface_setup import choose_rows, loaded, resolve
+from model import GPTConfig, sample_token
+from plumbing import flags, folder, machine, ranks, report
+from plumbing.errors import ConfigError, RunError
+from ports import huggingface_setup as setup
 
 
-class Given(SimpleNamespace):
+class Given(BaseModelOutput):
     """Output of a trunk: last_hidden_state; whatever else an architecture asks for is None."""
 
     def __getattr__(self, name):
         return None
 
-    def __getitem__(self, index):
-        return self.last_hidden_state
-
 
 class Policy(torch.nn.Module):
-    """A causal language model as train.py asks for it. adapters=False: without its LoRA, as reference."""
+    """A causal language model as train.py asks for it. setup.check_numbers sets `trunks` and `shared`."""
+    probe = None  # a row of ids that is compared at the end
+    wte = property(lambda self: self.model.get_input_embeddings())
 
-    def __init__(self, model, shared=True, adapters=True, saved_as=torch.float32):
+    def __init__(self, model, saved_as=None, source=None):
+        """saved_as: {name: dtype} of the result's tensors. source: opens a result's folder as a model."""
         super().__init__()
-        self.model, self.shared, self.saved_as = model, shared, saved_as
-        self.h = [self]  # what machine.compile_blocks compiles: all of it
-        self.wte = model.get_input_embeddings()
-        self.context = nullcontext if adapters else model.disable_adapter
-        self.config = SimpleNamespace(vocab_size=self.wte.num_embeddings, n_embd=self.wte.embedding_dim)
+        self.model, self.saved_as, self.source = model, saved_as, source
+        self.trunks, self.peft, self.shared = [model.get_decoder()], [], True  # lists: parts of self.model
+        size = self.wte.weight.shape
+        self.config = GPTConfig(size[0], setup.positions_of(model.config), 1, 1, size[1])
+
+    @property
+    def h(self):
+        """The layers, compiled and sharded one by one: the list of modules with the most weights."""
+        lists = [m for m in self.trunks[0].modules() if isinstance(m, torch.nn.ModuleList)]
+        return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
 
     def named_parameters(self, *args, **kwargs):
-        """What is trained, and so in the optimizer and the checkpoints."""
-        return ((name, p) for name, p in super().named_parameters(*args, **kwargs) if p.requires_grad)
+        """What is trained, and so in the optimizer and the checkpoints: with adapters, only they."""
+        return ((name, p) for name, p in super().named_parameters(*args, **kwargs)
+                if p.requires_grad or not self.peft)
+
+    def follow(self, other):
+        """Use the trunk and the rows of a checked model of the same architecture."""
+        names = {module: name for name, module in other.model.named_modules()}
+        self.shared, self.trunks = other.shared, [self.model.get_submodule(names[other.trunks[0]])]
 
     def forward(self, tokens, positions=None, mask=None):
         """The hidden states of rows that data.collate made, (B, T) -> (B, T, C)."""
@@ -63,70 +77,171 @@ class Policy(torch.nn.Module):
         start = 1 + (positions[:, 1:] <= positions[:, :-1]).int().argmax(-1, keepdim=True)  # of rejected
         P, width = positions.gather(1, start), positions.max() + 1
         skip = torch.where(column < P, column, column + start - P).clamp(max=len(column) - 1)
-        chosen, rejected = (self.trunk(rows[:, :width]) for rows in (tokens, tokens.gather(1, skip)))
+        chosen, rejected = self.trunk(torch.cat([tokens, tokens.gather(1, skip)])[:, :width]).chunk(2)
         at = positions.unsqueeze(-1).expand(-1, -1, chosen.shape[-1])
         return torch.where((column < start).unsqueeze(-1), chosen.gather(1, at), rejected.gather(1, at))
 
     def trunk(self, tokens, **given):
-        with self.context():
-            return self.model.get_decoder()(input_ids=tokens, use_cache=False, **given).last_hidden_state
+        return self.trunks[0](input_ids=tokens, use_cache=False, **given).last_hidden_state
 
     def logits(self, hidden, centered=False):
         """(n, C) -> (n, V), by the model's own forward, its trunk's output given: head, soft caps and all. In
         float32, for in bfloat16 a logit of 20 has steps of 0.125."""
-        trunk, hidden = self.model.get_decoder(), hidden.to(self.wte.weight.dtype).unsqueeze(0)
+        [trunk], hidden = self.trunks, hidden.to(self.wte.weight.dtype).unsqueeze(0)
         trunk.forward = lambda *_, **__: Given(last_hidden_state=hidden)
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        ids = torch.zeros_like(hidden[..., 0], dtype=torch.long)
         try:
-            with self.context(), torch.autocast(hidden.device.type, enabled=False):
+            with torch.autocast(hidden.device.type, enabled=False):
                 return self.model(input_ids=ids).logits[0]
         finally:
             del trunk.forward  # the method shows again
 
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, *, temperature, eos, generator):
+        """Continue a row of ids (1, T) up to `eos`, its last one."""
+        for _ in range(max_new_tokens):
+            logits = self.logits(self(tokens)[:, -1])[:, :self.config.vocab_size].float()
+            token = sample_token(logits, temperature, None, None, generator)
+            tokens = torch.cat([tokens, token.unsqueeze(-1)], -1)
+            if token.item() == eos:
+                break
+        return tokens
+
     def save_pretrained(self, folder, eos):
-        model = self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
-        stops = model.generation_config.eos_token_id
-        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-        model.generation_config.eos_token_id = sorted({*stops, eos})  # what has been trained to end an answer
-        model.to(self.saved_as).save_pretrained(folder)
+        """Write the model, each tensor in the dtype that the start has it in: first aside, and into the folder
+        where it says, opened again, what memory says. RunError where it does not."""
+        for model in self.peft:
+            model.merge_and_unload()
+        tensors = setup.tensors_of(self.model)
+        for name, dtype in self.saved_as.items():
+            tensors[name].data = tensors[name].data.to(dtype)
+        aside, rows = Path(folder, "result.part"), [(self.probe.to(self.wte.weight.device), 1)]
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self.model.save_pretrained(aside, state_dict=tensors)
+            again = self.source(aside).to(self.wte.weight.device)
+            off = (setup.plain_logps(again, rows) - setup.plain_logps(self.model, rows)).abs().max()
+            assert off <= 1e-3, f"log-probabilities differ by {off.item():.1e} nats"
+        except Exception as e:  # transformers raises what it likes
+            raise RunError("the result, opened again, is not the trained model, whose weights are in the last "
+                           f"checkpoint ({setup.one_line(e)})") from None
+        for file in aside.iterdir():
+            file.replace(Path(folder, file.name))
+        aside.rmdir()
 
 
-def models(cfg, rank, *data):
-    """(policy, the reference's model or None, the hashes of both at the start, None for none)."""
-    def load(name):
-        dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
-        model = loaded(AutoModelForCausalLM, name, dtype=dtype).eval()  # eval: without dropout, as train.py
-        return Policy(model.to(cfg.device), saved_as=loaded(AutoConfig, name).dtype or dtype)
+class WithoutAdapters(torch.nn.Module):
+    """The reference of a LoRA run: the policy with its adapters off. It has no weights of its own."""
+    h, wte = (), property(lambda self: self.policy[0].wte)
 
-    policy, ref, with_ref = load(cfg.init), None, flags.has_reference(LOSSES[cfg.loss])
-    longest = [pairs[int((pairs.rows[:, 1] + pairs.rows[:, 2:4].max(-1)).argmax())] for pairs in data]
-    report.say(f"{cfg.init}: {choose_rows(policy, longest, cfg)}")
-    if with_ref and (cfg.ref or not rank):
-        ref = load(cfg.ref or cfg.init)
-    hashes = weights_hash(policy), with_ref and weights_hash(ref or policy) or None
-    if rank:
-        import peft
-        torch.manual_seed(cfg.seed)
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = [policy]
+
+    def forward(self, *batch):
+        with self.policy[0].peft[0].disable_adapter():
+            return self.policy[0](*batch)
+
+    def logits(self, hidden, centered=False):
+        with self.policy[0].peft[0].disable_adapter():
+            return self.policy[0].logits(hidden, centered)
+
+
+def load(flag, name, cfg, eot):
+    """A Policy, in the run's precision and on its device."""
+    kwargs = {"experts_implementation": "eager"} if cfg.dtype == "float64" else {}  # the fast ones lack it
+
+    def source(folder, dtype="auto"):
+        return setup.loaded(AutoModelForCausalLM, folder, dtype=dtype, **kwargs).eval()  # without dropout
+
+    saved_as = {key: x.dtype for key, x in setup.tensors_of(source(name)).items()}
+    policy = Policy(source(name, torch.float32), saved_as, source)
+    generation = policy.model.generation_config
+    stops = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else generation.eos_token_id
+    generation.eos_token_id = sorted({eot, *(stops or [])})  # what has been trained to end an answer
+    try:
+        generation.validate(strict=True)
+    except ValueError as e:
+        raise ConfigError(f"--{flag} {name}: transformers would not save its generation_config.json; correct "
+                          f"it ({setup.one_line(e)})") from None
+    policy = train.prepared(policy, replace(cfg, compile=False))
+    flags.check_model(flag, name, policy, cfg)
+    return policy
+
+
+def add_adapters(policy, rank, seed):
+    """Put LoRA adapters of this rank on all linear layers; only they are trained from here on."""
+    import peft
+    torch.manual_seed(seed)
+    try:
         adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        model, shared = peft.get_peft_model(policy.model, adapters), policy.shared
-        policy = Policy(model, shared, saved_as=policy.saved_as)
-        ref = ref or (Policy(model, shared, adapters=False) if with_ref else None)
-    if ref:
-        ref.shared = policy.shared
-    return policy, ref, hashes
+        policy.peft = [peft.get_peft_model(policy.model, adapters)]
+    except ValueError as e:
+        raise ConfigError(f"--lora {rank}: not for this model, says peft ({setup.one_line(e)})") from None
+    policy.to(policy.wte.weight.dtype)
+    layers = [type(m).__name__ for m in policy.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    fused, (trained, every) = layers.count("ParamWrapper"), (
+        sum(p.numel() for p in x.parameters()) for x in (policy, policy.model))
+    report.say(f"adapters of rank {rank} on {len(layers) - fused} linear layers and {fused} tensors of fused "
+               f"experts: {trained:,} of {every:,} parameters are trained")
+
+
+def models(cfg, rank, tokenizer, *data):
+    """(policy, the reference's model or None, what train.run cannot know of the run's identity)."""
+    policy, ref, identity = load("init", cfg.init, cfg, tokenizer.eot), None, {"lora": rank}
+    with_ref, other = flags.has_reference(LOSSES[cfg.loss]), cfg.ref not in (None, cfg.init)
+    if rank:  # known by the model that they are put on
+        identity["init"] = folder.weights_hash(policy)
+        add_adapters(policy, rank, cfg.seed)
+    if tokenizer.vocab_size > (size := policy.config.vocab_size):
+        raise ConfigError(f"--init {cfg.init}: has {size} ids, its tokenizer {tokenizer.vocab_size}")
+    report.say(f"{cfg.init}: {setup.check_numbers(policy, data, cfg, f'--init {cfg.init}')}")
+    policy.probe = torch.tensor([*data[0][0].prompt.tolist(), *data[0][0].chosen.tolist()])
+    if with_ref and rank and not other:
+        ref, identity["ref"] = WithoutAdapters(policy), identity["init"]
+    elif with_ref:
+        ref = load("ref", cfg.ref or cfg.init, cfg, tokenizer.eot)
+        if other:
+            own = setup.loaded(AutoTokenizer, cfg.ref).get_vocab()
+            if (own, ref.config.vocab_size) != (tokenizer.own.get_vocab(), size):
+                raise ConfigError(f"--ref {cfg.ref}: has another vocabulary than the policy")
+            report.say(f"{cfg.ref}: {setup.check_numbers(ref, data, cfg, f'--ref {cfg.ref}')}")
+        else:
+            ref.follow(policy)
+        ref.requires_grad_(False)
+    for model in filter(None, (policy, ref) if cfg.compile else ()):
+        machine.compile_blocks(model)
+    return policy, ref, identity
+
+
+def ask(cfg, tokenizer, text):
+    """Print an answer of --init to a text, which is a user's message where the model has a chat template."""
+    prompt = [{"role": "user", "content": text}] if tokenizer.own.chat_template else text
+    [ids], policy = tokenizer.encode_prompts([prompt]), load("init", cfg.init, cfg, tokenizer.eot)
+    setup.choose_trunk(policy, torch.tensor([*ids, tokenizer.eot], device=cfg.device), 1e-3, "--init")
+    report.say(report.answer(policy, tokenizer, ids, cfg.seed))
 
 
 def main(argv=None):
     machine.tune_allocator()
+    disable_progress_bar()  # of files that are opened and written
+    report.PROGRAM = "ports/huggingface.py"
     with report.one_line_errors("huggingface.py"):
-        cfg, rank, tokenizer = resolve(argv)
+        cfg, rank, tokenizer, text = setup.resolve(argv)
+        if text is not None:
+            return ask(cfg, tokenizer, text)
         pairs, val = flags.load_data(cfg, tokenizer)
-        if tokenizer.own.chat_template:
-            report.say("turns are rendered by the model's own chat template")
-        policy, ref, hashes = models(cfg, rank, pairs, val)
-        identity = identity_of(cfg, pairs, val, tokenizer, *hashes) | {"lora": rank}
-        if train.run_models(cfg, identity, cfg.init, cfg.ref, tokenizer, pairs, val, policy, ref)[0]:
-            report.say(f"saved in {cfg.out_dir}: a folder of transformers, run.json, log.jsonl, checkpoints")
+        if tokenizer.rendered:
+            how = "the model's own" if tokenizer.own.chat_template else "Human/Assistant turns, having no"
+            report.say(f"{tokenizer.rendered} prompts of messages are rendered by {how} chat template")
+        policy, ref, identity = models(cfg, rank, tokenizer, pairs, val)
+        if train.run(cfg, tokenizer, pairs, val, lambda *_: (policy, ref), **identity):
+            if isinstance(ref, WithoutAdapters) and not ranks.rank():  # the adapters have been merged
+                ref = load("init", cfg.init, cfg, tokenizer.eot)
+            report.answers(cfg, tokenizer, val, policy, ref)
+            report.say(f"saved in {cfg.out_dir}: a folder of transformers, run.json, log.jsonl, checkpoints\n"
+                       f"next: python ports/huggingface.py --init {shlex.quote(cfg.out_dir)} --ask 'Why?'")
+        ranks.stop()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ports/huggingface.py needs before it trains: the tokenizer, the flags, the kind of rows."""
+"""What ports/huggingface.py needs before it trains: tokenizer, flags, and a check of the model by numbers."""
 
 import argparse
 import re
@@ -10,31 +10,32 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+import data
 import train
-from data import DataError, collate
 from losses import LOSSES, terms_of, token_logps
 from plumbing import flags, machine, ranks, vocab
-from plumbing.errors import ConfigError
-from plumbing.folder import check_free
-
-TURN = re.compile(r"\n\n(System|Human|Assistant): ?")  # how data.py renders all forms of chat
-ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
+from plumbing.errors import ConfigError, DataError
+from plumbing.folder import read_run
 
 
-class Tokenizer:
-    """Prompts that are turns become messages of the model's chat template, if it has one. Other prompts are
-    taken as they stand, after the model's begin-of-text, if it has one."""
+class Tokenizer(data.Tokenizer):
+    """A tokenizer of transformers. Messages are rendered by its chat template, or as by the core where it has
+    none; a string is taken as it stands, after begin-of-text if the model has one."""
 
     def __init__(self, own, segmented=False):
         """own: of AutoTokenizer. segmented: for a loss that finds the segments of responses by bytes."""
-        self.own, self.segmented, self.vocab_size = own, segmented, len(own)
+        self.own, self.segmented, self.vocab_size, self.rendered = own, segmented, len(own), 0
         if not own.encode("a", add_special_tokens=False):  # transformers makes an empty one without a word
             raise ConfigError("--init: holds no tokenizer that transformers can read")
-        identity = sorted(own.get_vocab().items()), own.chat_template
-        self.hash = sha256(repr(identity).encode()).hexdigest()
-        self.eot = self.end_of_turn() if own.chat_template else own.eos_token_id
+        self.save, self.decode = own.save_pretrained, lambda ids: own.decode([int(i) for i in ids])
+        self.encode_batch = lambda texts: [self.encode(text) for text in texts]
+        self.hash = sha256(repr((sorted(own.get_vocab().items()), own.chat_template)).encode()).hexdigest()
+        self.lead, self.eot = self.around_answer() if own.chat_template else (super().lead, own.eos_token_id)
         if self.eot is None:
             raise ConfigError("the tokenizer has no eos_token to close a response with; set one")
+        self.begin = [i for i in own.encode("")[:1] if i == own.bos_token_id]
+        special = [re.escape(token.content) for token in own.added_tokens_decoder.values() if token.special]
+        self.special = re.compile("|".join(special) or "(?!)")
         tokens, byte_of = own.convert_ids_to_tokens(list(range(len(own)))), vocab.byte_characters()
         if any("Ġ" in token for token in tokens):  # GPT-2's kind
             found = (bytes(byte_of.get(c, 0) for c in token) for token in tokens)
@@ -43,101 +44,203 @@ class Tokenizer:
                      token.replace("▁", " ").encode() for token in tokens)
         self.token_bytes = dict(enumerate(found))
 
-    def end_of_turn(self):
-        """The id that closes an answer in the chat template; it need not be end-of-text."""
+    def around_answer(self):
+        """(the space before an answer in the chat template, the id that closes it, not always end-of-text)."""
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "termwise"}]
-        rest = self.own.apply_chat_template(turns, tokenize=False).rpartition("termwise")[2]
-        first = self.own.encode(rest.lstrip(), add_special_tokens=False)[:1]
-        return first[0] if first and first[0] in self.own.added_tokens_decoder else self.own.eos_token_id
+        prompt = self.own.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        before, _, after = self.own.apply_chat_template(turns, tokenize=False).rpartition("termwise")
+        lead = before.removeprefix(prompt)
+        first = self.own.encode(after.lstrip(), add_special_tokens=False)[:1]
+        closes = first and first[0] in self.own.added_tokens_decoder
+        return "" if lead.strip() else lead, first[0] if closes else self.own.eos_token_id
+
+    def checked(self, text):
+        """A text without special tokens. One that holds some was rendered already, or would end its turn."""
+        if found := self.special.search(text):
+            raise DataError(f"{text[:40]!r}: holds {found[0]!r}, a special token, which is added where it "
+                            "belongs; give the messages before they were rendered, or the text without it")
+        return text
 
     def encode(self, text):
-        """Text -> ids, never a special token, whatever the text says."""
-        ids = self.own.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Text -> ids, never a special token."""
+        ids = self.own.encode(self.checked(text), add_special_tokens=False, split_special_tokens=True)
         if self.segmented and b"".join(map(self.token_bytes.get, ids)) != text.encode():
             raise DataError(f"{text[:40]!r}: the tokenizer changes this text, and segments are found by "
                             "their bytes; choose a loss without segments")
         return ids
 
-    def encode_batch(self, texts):
-        """The prompt, chosen and rejected response of each pair in turn, as data.encode_pairs sends them."""
-        ids, begin = [], [i for i in self.own.encode("")[:1] if i == self.own.bos_token_id]
-        for prompt, *responses in zip(*[iter(texts)] * 3, strict=True):
-            before, *turns = TURN.split(prompt)
-            chat = bool(self.own.chat_template) and not before and turns[-2:] == ["Assistant", ""]
-            ids.append(self.rendered(turns[:-2]) if chat else begin + self.encode(prompt))
-            for text in responses:  # the space after "Assistant:" is no part of a message
-                ids.append(self.encode(text.removeprefix(" ") if chat and not self.segmented else text))
-        return ids
+    def encode_prompts(self, prompts):
+        """Prompts, strings or lists of messages -> lists of ids."""
+        return [self.begin + self.encode(prompt) or [self.eot] if isinstance(prompt, str) else
+                self.own.encode(self.render(prompt), add_special_tokens=False) for prompt in prompts]
 
-    def rendered(self, turns):
-        """[name, text, name, text, ...] -> ids of the chat template, up to where the answer begins."""
-        messages = [{"role": ROLES[name], "content": text}
-                    for name, text in zip(turns[::2], turns[1::2], strict=True)]
+    def render(self, messages):
+        """Messages -> text, up to where the answer begins."""
+        self.rendered += 1
+        for message in messages:
+            self.checked(message["content"])
+        if not self.own.chat_template:
+            return (self.own.bos_token if self.begin else "") + super().render(messages)
         try:
-            return self.own.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            return self.own.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as e:  # a template raises what it likes
-            raise DataError(f"{turns[1][:40]!r}: the model's chat template refuses this conversation ({e}); "
-                            "change the record") from None
+            raise DataError(f"{messages[-1]['content'][:40]!r}: the model's chat template refuses this "
+                            f"conversation ({e}); change the record") from None
 
-    def save(self, folder):
-        self.own.save_pretrained(folder)
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
 
 
 def loaded(kind, name, **kwargs):
     """From a folder, or from huggingface.co by name."""
+    if Path(name, "run.json").exists() and read_run(name)["finished"] is None:
+        raise ConfigError(f"{name}: this run is not finished; go on with it: --resume --out_dir {name}")
     try:
         return kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"{name}: {' '.join(str(e).split()):.200}") from None
+        raise ConfigError(f"{name}: {one_line(e)}") from None
+
+
+def positions_of(config):
+    """The most tokens that a model takes, where its config says."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else 2**31
 
 
 def resolve(argv):
-    """argv -> (Config, rank of the adapters or 0, Tokenizer)."""
+    """argv -> (Config, rank of the adapters or 0, Tokenizer, the text of --ask or None)."""
     parser = argparse.ArgumentParser(
-        "huggingface.py", usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]",
-        add_help=False, allow_abbrev=False, epilog="The other flags are train.py's, below; refused are "
-        "--tokenizer, --n_layer, --n_head, --n_embd, --compile_head, --pack. --lr is 1e-6, with --lora 1e-5.")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK",
-                        help="train adapters of this rank, with peft; default 0: the model's own weights")
+        usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]", add_help=False,
+        allow_abbrev=False, epilog="The others are train.py's, below; --lr is 1e-6, with --lora 1e-5.")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, with peft")
+    parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init and end")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & {*rest}:
         parser.print_help()
-        print()
-    cfg = flags.parse(train.Config, rest)
-    flags.check(cfg)
-    if cfg.init is None or own.lora < 0 or cfg.compile_head or cfg.pack or ranks.world() > 1:
-        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head, no --pack, no "
-                          "torchrun")
-    for name in ("tokenizer", "n_layer", "n_head", "n_embd"):
-        flags.refuse_unread(cfg, name, "the model has its own")
-    text = loaded(AutoConfig, cfg.init).get_text_config()
+    typed = flags.parse(train.Config, rest)
+    if typed.get("resume") and "out_dir" in typed:
+        own.lora = own.lora or read_run(typed["out_dir"])["identity"].get("lora")
+    else:
+        typed = {"lr": 1e-5 if own.lora else 1e-6} | typed
+    cfg = flags.configure(train.Config, typed)
+    flags.check(cfg, typed)
+    if cfg.init is None or (own.lora or 0) < 0 or cfg.compile_head:
+        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head")
+    sizes = "tokenizer", "n_layer", "n_head", "n_embd"
+    flags.refuse_unread(typed, dict.fromkeys(sizes, "the model has its own"))
+    block_size = cfg.block_size if "block_size" in typed or cfg.resume else min(
+        2048, positions_of(loaded(AutoConfig, cfg.init)))
+    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False, block_size=block_size,
+                  out_dir=cfg.out_dir if own.ask else flags.place_of_run(cfg))
+    ranks.start(cfg.device)
     tokenizer = Tokenizer(loaded(AutoTokenizer, cfg.init), "chosen_rewards" in terms_of(LOSSES[cfg.loss]))
-    out_dir, device = cfg.out_dir or flags.free_folder(cfg.loss), cfg.device or machine.best_device()
-    check_free(Path(out_dir), {"init": cfg.init, "ref": cfg.ref}, cfg.resume, cfg.overwrite)
-    filled = flags.defaults_of_loss(cfg) | flags.defaults_of_machine(cfg, device, tokenizer)
-    filled |= {"out_dir": out_dir, "device": device, "lr": 1e-5 if own.lora else 1e-6, "compile_head": False,
-               "pack": False, "block_size": min(2048, getattr(text, "max_position_embeddings", 2048))}
-    cfg = replace(cfg, **{name: x for name, x in filled.items() if getattr(cfg, name) is None})
-    return cfg, own.lora, tokenizer
+    return flags.for_machine(cfg, tokenizer.vocab_size), own.lora or 0, tokenizer, own.ask
+
+
+# ---- Numbers decide: which trunk, which rows ----
+
+LIMIT = re.compile(r"window|chunk|top_?k|position|local|length|span|block|ctx|budget|extent")
+
+
+def limits(config):
+    """The numbers in a config, at any depth, beyond which a model may compute something else."""
+    items = list(config.items() if isinstance(config, dict) else enumerate(config))
+    found = {x for key, x in items if type(x) is int and LIMIT.search(str(key))}
+    return found.union(*(limits(x) for _, x in items if isinstance(x, dict | list)))
+
+
+def telling(pairs, limits):
+    """The numbers of some pairs: the longest and the shortest by every length, and for each limit the
+    shortest with only the shared row beyond it, with one plain row beyond it, with both."""
+    P, C, R = (pairs.rows[name] for name in "PCR")
+    row, longer, shorter = P + C + R, P + np.maximum(C, R), P + np.minimum(C, R)
+    found = {int(end(x)) for x in (row, longer, P, C, R) for end in (np.argmax, np.argmin)}
+    for limit in limits:
+        for over in (row > limit) & (longer <= limit), (longer > limit) & (shorter <= limit), shorter > limit:
+            found |= {int(np.where(over, row, row.max() + 1).argmin())} if over.any() else set()
+    return found
+
+
+def tensors_of(model):
+    """{name: tensor} of all that is saved, without the gathering that state_dict() does under torchrun."""
+    unsaved = {f"{at}.{name}" for at, m in model.named_modules() for name in m._non_persistent_buffers_set}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: x for name, x in every if name not in unsaved}
+
+
+def parts_of(module):
+    """Parts of a model that may give the hidden states its head takes, most likely first."""
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
+    found = decoder, *(getattr(module, name, None) for name in ("base_model", "model"))
+    return [x for x in found if isinstance(x, torch.nn.Module) and x is not module]
 
 
 @torch.no_grad()
-def choose_rows(policy, pairs, cfg):
-    """Find out by numbers whether rows with a shared prompt give the model's own log-probabilities. With a
-    sliding window or recurrent layers they do not: then two rows a pair. Returns what to print."""
-    exact, plain = cfg.dtype == "float64", []
-    cfg = replace(cfg, compile=False, dtype="float64" if exact else "float32")
-    for p in pairs:
-        for response in (p.chosen, p.rejected):
-            row = torch.from_numpy(np.concatenate([p.prompt, response])).long().to(cfg.device)
-            logits = policy.model(input_ids=row.unsqueeze(0)).logits[0, len(p.prompt) - 1:-1]
-            plain.append(token_logps(logits, row[len(p.prompt):]))
-    batch, why = collate(pairs).to(cfg.device), "a shared prompt changes its numbers"
+def choose_trunk(policy, row, tolerance, name):
+    """Find the trunk whose output, given to the model's own head, is what the model says of a row of ids."""
+    other, why = row.clone(), "it has none"
+    other[-1] = (row[-1] + 1) % policy.config.vocab_size
+    try:
+        own, changed = (policy.model(input_ids=x[None]).logits[0, :-1] for x in (row, other))
+    except Exception as e:  # a model that needs more than tokens raises what it likes
+        raise ConfigError(f"{name}: does not run on a row of tokens ({one_line(e)})") from None
+    if (own - changed).abs().max() > tolerance:
+        raise ConfigError(f"{name}: is not a causal model: a later token changes what it says of an earlier "
+                          "one (is_decoder in its config.json?)")
+    first = parts_of(policy.model)
+    for trunk in dict.fromkeys(first + [y for x in first for y in parts_of(x)]):
+        try:
+            policy.trunks = [trunk]
+            off = (policy.logits(policy(row[None])[0, :-1]) - own).abs().max().item()
+            if off <= tolerance:
+                return
+            why = f"off by {off:.1e}"
+        except Exception as e:
+            why = one_line(e)
+    raise ConfigError(f"{name}: no part of it gives the hidden states that its head takes ({why})")
+
+
+@torch.no_grad()
+def plain_logps(model, rows):
+    """[(ids, where the response begins)] -> the model's own log-probabilities, (N,), from one row each."""
+    return torch.cat([token_logps(model(input_ids=row[None]).logits[0, at - 1:-1], row[at:])
+                      for row, at in rows])
+
+
+def check_numbers(policy, parts, cfg, name):
+    """Set policy.trunks and policy.shared by numbers: the log-probabilities of telling pairs, long and short
+    ones in one micro-batch, must be the model's own in plain rows. parts: all Pairs of the run. Returns what
+    to print; raises ConfigError where no way is right."""
+    def sums():
+        return [x.detach().double().sum().item() for x in tensors_of(policy).values()]
+
+    before = sums()
+    dtype, tolerance = ("float64", 1e-5) if cfg.dtype == "float64" else ("float32", 1e-3)  # nats
+    cfg, bounds = replace(cfg, dtype=dtype), limits(policy.model.config.to_dict())
+    pairs = sorted((part[i] for part in parts for i in telling(part, bounds)), key=len)
+    pairs = [p for two in zip(pairs, pairs[::-1], strict=True) for p in two][:len(pairs)]  # short, long, ...
+    rows = [(torch.from_numpy(np.concatenate([p.prompt, y])).long().to(cfg.device), len(p.prompt))
+            for p in pairs for y in (p.chosen, p.rejected) if len(y)]
+    choose_trunk(policy, sorted(rows, key=lambda row: len(row[0]))[len(rows) // 2][0], tolerance, name)
+    plain, why = plain_logps(policy.model, rows), "a shared prompt changes its numbers"
+    micros = [data.collate(pairs[i:i + 2]).to(cfg.device) for i in range(0, len(pairs), 2)]
     for policy.shared in (True, False):
         try:
-            off = (train.response_logps(policy, batch, cfg) - torch.cat(plain)).abs().max().item()
+            found = torch.cat([train.response_logps(policy, micro, cfg) for micro in micros])
+            off = (found - plain).abs().max().item()
         except Exception as e:  # a model that takes no positions or no such mask raises what it likes
-            off, why = np.inf, f"it takes no shared prompt ({' '.join(str(e).split()):.80})"
-        if off <= (1e-5 if exact else 1e-3):  # nats; norms are float32 in any model
-            return "one row a pair, the prompt shared" if policy.shared else f"two rows a pair: {why}"
-    raise ConfigError(f"--init: log-probabilities differ from the model's own by {off:.1e} nats; {why}")
+            off, why = np.inf, f"it takes no shared prompt ({one_line(e)})"
+        if off <= tolerance:
+            break
+    else:
+        raise ConfigError(f"{name}: log-probabilities are off by {off:.1e} nats, with two rows a pair too; "
+                          "where long texts are the reason, a smaller --block_size avoids it")
+    try:
+        train.hidden_states(policy, micros[0], cfg).sum().backward()
+    except Exception as e:
+        raise ConfigError(f"{name}: cannot be trained ({one_line(e)})") from None
+    policy.zero_grad(set_to_none=True)
+    if sums() != before:
+        raise ConfigError(f"{name}: changes its weights when it runs, so they would be saved wrong")
+    return "one row a pair, the prompt shared" if policy.shared else f"two rows a pair: {why}"

@@ -269,6 +269,7 @@ def test_keys_are_renamed_and_dropped_as_the_flags_say(tmp_path, capsys):
         "d.jsonl: 2 pairs, the prompt as it stands", "keys left out: source (2)",
         "wrote out.jsonl: 2 records; to train on it:", "python train.py --loss dpo --data out.jsonl"]
     assert (tmp_path / "out.jsonl").read_text() == 2 * '{"prompt": "Q", "chosen": "a", "rejected": "b"}\n'
+    assert trained_on(with_answer(x=1), drop=["x"]) == YES_NO  # at any depth
     for more, message in ((["nope"], "--drop, --keys: no record has the key nope"),
                           (["--keys", "nope=x"], "--keys nope=x: must be NAME=KEY, with a NAME of"),
                           (["--keys", "question=source"], 'there is a "question" already; --drop question')):

@@ -1,197 +1,77 @@
-"""ports/huggingface.py gives every loss and gradient that plain rows give, whatever the architecture.
+"""ports/huggingface.py gives the loss and the gradients of plain rows, whatever the architecture, or refuses it.
 
-"Plain" is written out in this file: one forward of the model's own for each response, a sum, the equation.
+"Plain" is written out in experiments/architectures.py: one forward of the model's own for each response, a sum,
+the equation. The tiny random models are made there too.
 """
 
 import json
-from types import SimpleNamespace
+import os
+import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
 
 import train  # noqa: E402
-from data import DataError, Pair, Tokenizer, collate, pack  # noqa: E402
-from losses import LOSSES, knobs_of, terms_of, token_kl  # noqa: E402
+from data import Tokenizer  # noqa: E402
+from experiments import architectures  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from plumbing import machine  # noqa: E402
-from plumbing.errors import ConfigError  # noqa: E402
-from plumbing.flags import DEFAULTS  # noqa: E402
-from plumbing.reference import Reference, no_reference  # noqa: E402
+from plumbing import machine, ranks, report  # noqa: E402
+from plumbing.errors import ConfigError, DataError  # noqa: E402
 from ports import huggingface, huggingface_setup  # noqa: E402
 from ports.huggingface import Policy  # noqa: E402
-from ports.huggingface_setup import choose_rows  # noqa: E402
 
-V = 40
-SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
-         "pad_token_id": None}
-GQA = SIZES | {"num_key_value_heads": 2}
-STATE = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
-# name -> (config, one row a pair)
-ARCHITECTURES = {
-    "llama": (lambda: transformers.LlamaConfig(**GQA, tie_word_embeddings=False), True),
-    "llama tied": (lambda: transformers.LlamaConfig(**GQA, tie_word_embeddings=True), True),
-    "qwen2": (lambda: transformers.Qwen2Config(**GQA, tie_word_embeddings=True), True),
-    "qwen2 untied": (lambda: transformers.Qwen2Config(**GQA, tie_word_embeddings=False), True),
-    "qwen3": (lambda: transformers.Qwen3Config(**GQA, head_dim=8, tie_word_embeddings=True), True),
-    "gpt-neox": (lambda: transformers.GPTNeoXConfig(**SIZES, tie_word_embeddings=False), True),
-    "gpt2": (lambda: transformers.GPT2Config(vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=4,
-                                             bos_token_id=0, eos_token_id=0), True),
-    "gemma2": (lambda: transformers.Gemma2Config(**GQA, head_dim=4, final_logit_softcapping=0.5,
-                                                 attn_logit_softcapping=1.0, query_pre_attn_scalar=4,
-                                                 attn_implementation="eager"), True),
-    "gemma2 window 5": (lambda: transformers.Gemma2Config(**GQA, head_dim=4, sliding_window=5), False),
-    "cohere": (lambda: transformers.CohereConfig(**GQA, logit_scale=0.3), True),
-    "mistral": (lambda: transformers.MistralConfig(**GQA, sliding_window=None), True),
-    "mistral window 5": (lambda: transformers.MistralConfig(**GQA, sliding_window=5), False),
-    "bloom": (lambda: transformers.BloomConfig(vocab_size=V, hidden_size=16, n_layer=2, n_head=4), False),
-    "mamba": (lambda: transformers.MambaConfig(**STATE, expand=2, conv_kernel=4), False),
-}
+ONE = """llama qwen2 qwen3 gpt2 gpt_neox gemma2 gemma3 cohere phi3 mixtral glm4_moe deepseek_v3 gpt_oss
+         llama4 opt modernbert-decoder""".split()
+TWO = "gpt_neo bloom mamba bart gemma2@narrow mistral@narrow qwen3_next bamba".split()
+REFUSED = {"bert": "is not a causal model", "rwkv@deep": "changes its weights when it runs",
+           "llama@dynamic": "a smaller --block_size", "phi3@longrope": "a smaller --block_size",
+           "prophetnet": "no part of it gives the hidden states", "reformer": "cannot be trained"}
 
 
-def tiny(name, seed=0):
-    """A random model, in float64. Weights are large enough for every parameter to matter."""
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name][0]()).double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return model
+@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.parametrize("name", ONE + TWO)
+def test_loss_and_all_gradients_are_those_of_plain_rows(name):
+    """To 1e-9, parameter by parameter; numbers decide which trunk and which rows can be used."""
+    with architectures.float64_throughout():
+        rows, *off = architectures.compare(architectures.tiny(name), architectures.tiny(name, 1), ["dpo"])
+    assert rows == ("one" if name in ONE else "two") and max(off) < 1e-9, (rows, off)
 
 
-def config(loss="dpo", **changes):
-    """A Config with a value for each knob of the loss."""
-    knobs = {name: DEFAULTS[name] for name in knobs_of(LOSSES[loss])}
-    return train.Config(**{"loss": loss, "dtype": "float64", "device": "cpu", "compile": False,
-                           "compile_head": False, "head_tokens": 12, "micro_batch_tokens": 2048, "lr": 1e-3}
-                        | knobs | changes)
+def checked(policy, lengths=architectures.LENGTHS, cfg=None):
+    pairs = architectures.random_pairs(lengths)
+    return huggingface_setup.check_numbers(policy, [pairs], cfg or architectures.config("dpo"), "it")
 
 
-def random_pairs(n, seed=0, scored=True):
-    """The first chosen response is end-of-text alone: position P - 1 is then followed by P and by P again."""
-    rng, pairs = np.random.default_rng(seed), []
-    for i in range(n):
-        P, C, R = rng.integers([1, 2, 2], [9, 9, 9])
-        C = C if i else 1
-        sides = []
-        for length in (C, R):
-            S = int(rng.integers(1, min(length, 4) + 1))
-            segment = np.sort(np.concatenate([np.arange(S), rng.integers(0, S, length - S)]))
-            sides.append((segment, rng.integers(0, 5, (S, 2 * scored)).astype(np.float32) / 4))
-        ids = [rng.integers(1, V, length).astype(np.int32) for length in (P, C, R)]
-        pairs.append(Pair(*ids, *(segment for segment, _ in sides), *(scores for _, scores in sides), "here"))
-    return pack(pairs)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, says", REFUSED.items())
+def test_what_is_not_exact_is_refused(name, says):
+    with architectures.float64_throughout(), pytest.raises(ConfigError, match=says):
+        checked(Policy(architectures.tiny(name)))
 
 
-def plain_response(model, reference, prompt, response):
-    """(log pi, log pi_ref, KL), each (N,), from one row of the models' own logits."""
-    row = torch.from_numpy(np.concatenate([prompt, response])).long()
-    z, z_ref = (m(input_ids=row[None]).logits[0, len(prompt) - 1:-1] for m in (model, reference))
-    y = row[len(prompt):, None]
-    return F.log_softmax(z, -1).gather(-1, y)[:, 0], F.log_softmax(z_ref, -1).gather(-1, y)[:, 0].detach(), \
-        token_kl(z_ref.detach(), z)
+def test_a_start_whose_long_rows_differ_is_exact_where_no_row_is_long():
+    with architectures.float64_throughout():
+        assert "one row" in checked(Policy(architectures.tiny("phi3@longrope")), [(9, 8, 3), (2, 4, 9)])
 
 
-def plain_loss(model, reference, pair, cfg):
-    """The loss of one pair, written out."""
-    loss, terms = LOSSES[cfg.loss], {}
-    segmented = "chosen_rewards" in terms_of(loss)
-    for side in ("chosen", "rejected"):
-        response, segment, scores = (getattr(pair, side + end) for end in ("", "_segment", "_scores"))
-        if not len(response):
-            continue
-        found = plain_response(model, reference, pair.prompt, response)
-        if segmented:
-            found = [torch.stack([x[torch.from_numpy(segment == k)].sum() for k in range(len(scores))])
-                     for x in found]
-            terms[f"{side}_rewards"] = torch.from_numpy(scores).double().mean(-1)[None]
-            terms[f"{side}_mask"] = torch.ones(1, len(scores), dtype=torch.bool)
-        names = f"{side}_logps", f"ref_{side}_logps", f"{side}_seq_kl"
-        terms |= {name: (x if segmented else x.sum())[None] for name, x in zip(names, found, strict=True)}
-    return train.call(loss, terms, cfg).sum()
+def test_a_trunk_that_gives_other_hidden_states_is_refused():
+    policy = Policy(architectures.tiny("llama"))
+    policy.trunk = lambda tokens, **given: torch.zeros(*tokens.shape, 32).double()
+    with pytest.raises(ConfigError, match="no part of it gives the hidden states"):
+        checked(policy)
 
 
-def grads(model):
-    """{name: gradient}; 0 where a parameter has none, as a bias of keys may."""
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            for name, p in model.named_parameters()}
+def test_the_pairs_that_are_checked_are_the_ends_of_every_length_and_one_at_each_limit():
+    lengths = [(9, 9, 9), (1, 9, 9), (20, 3, 4), (9, 30, 1), (8, 8, 10), (9, 10, 13), (9, 10, 16), (9, 9, 8)]
+    found = huggingface_setup.telling(architectures.random_pairs(lengths), {21, 99})
+    assert found == {1, 2, 3, 6} | {4, 5, 2}  # the ends; alone beyond 21: the row, one response's path, both
 
 
-def difference(found, expected):
-    """The largest, relative to the largest expected number."""
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
-
-
-def as_read(pairs, loss):
-    return train.as_read(pairs, SimpleNamespace(loss=loss, dtype="float64", rejected_weight="score"),
-                         np.ones(2, np.float32))
-
-
-def live(model, cfg):
-    """The reference, live, as train.py makes it."""
-    return Reference(model, lambda batch: train.hidden_states(model, batch, cfg),
-                     lambda batch: train.response_logps(model, batch, cfg))
-
-
-@pytest.fixture
-def float64_throughout(monkeypatch):
-    """transformers computes norms and rotations in float32 whatever the weights are."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_losses_and_all_gradients_are_those_of_plain_rows(name, float64_throughout):
-    """Loss by loss and parameter by parameter, to 1e-9; the check finds out which rows can be used.
-    With -s this prints the table of ports/README.md."""
-    model, other, pairs = tiny(name), tiny(name, seed=1).requires_grad_(False), random_pairs(4)
-    policy, reference = Policy(model), Policy(other)
-    said = choose_rows(policy, [pairs[i] for i in range(len(pairs))], config())
-    assert policy.shared == ARCHITECTURES[name][1], said
-    reference.shared, of_losses, of_gradients = policy.shared, [], []
-    for loss in LOSSES:
-        cfg, data = config(loss), as_read(pairs, loss)
-        model.zero_grad()
-        expected = [plain_loss(model, other, data[i], cfg) for i in range(len(data))]
-        sum(expected).backward()
-        by_plain_rows = grads(model)
-        model.zero_grad()
-        ref = live(reference, cfg) if "ref_chosen_logps" in terms_of(LOSSES[loss]) else no_reference
-        rows = train.step(policy, ref, collate([data[i] for i in range(len(data))]), LOSSES[loss], 1.0, cfg)
-        of_losses.append(difference(rows["loss"], torch.stack(expected).detach()))
-        assert of_losses[-1] < 1e-9, loss
-        for parameter, found in grads(model).items():
-            of_gradients.append(difference(found, by_plain_rows[parameter]))
-            assert of_gradients[-1] < 1e-9, f"{loss}, {parameter}"
-    head = "tied" if model.get_output_embeddings().weight is model.get_input_embeddings().weight else "untied"
-    print(f"\n| {name} | {head} | {'one' if policy.shared else 'two'} | {max(of_losses):.0e} | "
-          f"{max(of_gradients):.0e} |")
-
-
-def test_a_policy_that_is_its_reference_starts_at_log_2():
-    model, pairs = tiny("qwen3"), random_pairs(3)
-    for loss in ("dpo", "dpop", "tdpo1", "tdpo2", "2d-dpo-vanilla"):
-        cfg, data = config(loss), as_read(pairs, loss)
-        rows = train.step(Policy(model), live(Policy(model), cfg), collate([data[i] for i in range(3)]),
-                          LOSSES[loss], None, cfg)
-        torch.testing.assert_close(rows["loss"], torch.full((3,), np.log(2)).double())
-
-
-def test_what_the_check_finds_wrong_is_refused():
-    """A trunk whose output is not what the head takes gives other numbers than the model, with any rows."""
-    policy, pairs = Policy(tiny("llama")), random_pairs(2)
-    policy.trunk = lambda tokens, **given: torch.zeros(*tokens.shape, SIZES["hidden_size"]).double()
-    with pytest.raises(ConfigError, match="differ from the model's own"):
-        choose_rows(policy, [pairs[0], pairs[1]], config())
-
-
-# ---------------------------------------------------------------------------------------------------------
-# From the command line
+# ---- From the command line ----
 
 
 TEMPLATE = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>\n{% endfor %}"
@@ -206,15 +86,32 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     GPT(GPTConfig(tokenizer.vocab_size, 128, 2, 4, 32)).save_pretrained(folder, tokenizer.eot)
     tokenizer.save(folder)
+    (folder / "chat_template.jinja").unlink()
     return folder
 
 
-def log_of(path):
-    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def start(folder, tmp_path_factory):
+    """start(type): the folder of a tiny random model of a type, with bytes as tokens, made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("start")
+            architectures.tiny(name).float().save_pretrained(made[name])
+            transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(made[name])
+        return made[name]
+    return make
 
 
-def eight(tmp_path):
-    path = tmp_path / "eight.jsonl"
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(report, "answer", lambda model, tokenizer, prompt, seed: "An answer.")
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "eight.jsonl"
     path.write_text("".join(
         json.dumps({"prompt": f"Question {i}?", "chosen": [{"text": f"Yes {i}.", "scores": [4, 3]}],
                     "rejected": [{"text": f"No {i},", "scores": [1, 0]}, {"text": " no.", "scores": [2, 1]}]})
@@ -222,20 +119,30 @@ def eight(tmp_path):
     return path
 
 
-def run(main, *argv):
-    main([str(x) for x in argv])
+def log_of(path):
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "tdpo2"])
-def test_gpt2_gives_the_numbers_of_train_py(folder, tmp_path, loss):
+def run(main, init, data, out, *more, steps=2):
+    main([str(x) for x in ("--init", init, "--data", data, "--val_data", data, "--out_dir", out, "--steps", steps,
+                           "--batch_size", 6, "--block_size", 64, "--log_every", 1, "--eval_every", 0, *more)])
+
+
+def refused(capsys, *argv):
+    """Runs it; the one line that it ends with, at status 2."""
+    with pytest.raises(SystemExit) as status:
+        huggingface.main([str(x) for x in argv])
+    said = capsys.readouterr().err.strip()
+    assert status.value.code == 2 and "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpop", "tdpo2", "2d-dpo"])
+def test_gpt2_gives_the_numbers_of_train_py(folder, eight, tmp_path, loss):
     """The same model by model.py and by transformers: the same log, loss by loss."""
-    logs = []
-    for main, out in ((train.main, tmp_path / "ours"), (huggingface.main, tmp_path / "port")):
-        run(main, "--init", folder, "--loss", loss, "--data", eight(tmp_path), "--val_data", eight(tmp_path),
-            "--out_dir", out, "--steps", 4, "--batch_size", 6, "--lr", 1e-3, "--log_every", 1,
-            "--eval_every", 0, "--dtype", "float64")
-        logs.append(log_of(out))
-    for ours, port in zip(*logs, strict=True):
+    for main, out in ((train.main, "ours"), (huggingface.main, "port")):
+        run(main, folder, eight, tmp_path / out, "--loss", loss, "--lr", 1e-3, "--dtype", "float64")
+    for ours, port in zip(log_of(tmp_path / "ours"), log_of(tmp_path / "port"), strict=True):
         for name, x in ours.items():
             if "loss" in name or "log" in name or name == "grad_norm" or "kl/" in name:
                 assert port[name] == pytest.approx(x, rel=1e-8, abs=1e-9), name
@@ -244,132 +151,174 @@ def test_gpt2_gives_the_numbers_of_train_py(folder, tmp_path, loss):
 @pytest.mark.slow
 @pytest.mark.skipif(machine.cannot_compile() is not None, reason="torch.compile needs g++ and Python.h")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of the compiler
-def test_a_compiled_run_has_the_numbers_of_an_eager_one(folder, tmp_path):
+def test_a_compiled_run_has_the_numbers_of_an_eager_one(folder, eight, tmp_path):
     logs = []
-    for out, switch in (("eager", "--no-compile"), ("compiled", "--compile")):
-        run(huggingface.main, "--init", folder, "--loss", "dpo", "--data", eight(tmp_path), "--val_data",
-            eight(tmp_path), "--out_dir", tmp_path / out, "--steps", 2, "--batch_size", 6, "--lr", 1e-3,
-            "--log_every", 1, "--eval_every", 0, "--dtype", "float64", switch)
-        logs.append([r["loss"] for r in log_of(tmp_path / out) if "loss" in r])
+    for switch in ("--no-compile", "--compile"):
+        run(huggingface.main, folder, eight, tmp_path / switch, "--lr", 1e-3, "--dtype", "float64", switch)
+        logs.append([r["loss"] for r in log_of(tmp_path / switch) if "loss" in r])
     assert len(logs[0]) == 2 and logs[0] == pytest.approx(logs[1], rel=1e-8)
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "sft"])
-def test_eight_pairs_are_learned_by_each_loss(folder, tmp_path, loss):
-    run(huggingface.main, "--init", folder, "--loss", loss, "--data", eight(tmp_path), "--val_data",
-        eight(tmp_path), "--out_dir", tmp_path / "out", "--steps", 60, "--batch_size", 8, "--lr", 1e-2,
-        "--block_size", 64)
-    first, *_, last = [r for r in log_of(tmp_path / "out") if "eval/rewards/accuracies" in r]
-    assert last["eval/rewards/accuracies"] == 1 and last["eval/loss"] < first["eval/loss"] / 2
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["bart", "ernie4_5_moe"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(start, eight, tmp_path, name):
+    """Byte by byte, though a part of bart, and a tensor of each router of ernie4_5_moe, never get a gradient."""
+    for out, steps, extra in (("whole", 3, []), ("parts", 1, []), ("parts", 3, ["--resume"])):
+        run(huggingface.main, start(name), eight, tmp_path / out, "--lr", 1e-2, *extra, steps=steps)
+    first, second = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "parts"))
+    before = load_file(start(name) / "model.safetensors")
+    assert first.keys() == second.keys() == before.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], before[key]) for key in first)
 
 
-def test_the_result_is_a_folder_of_transformers_and_a_run_goes_on(folder, tmp_path):
-    """Interrupted after 2 of 4 steps and resumed it is the run of 4 steps, and the folder opens."""
-    common = ["--init", folder, "--data", eight(tmp_path), "--val_data", eight(tmp_path), "--batch_size", 4,
-              "--block_size", 64, "--log_every", 1]
-    run(huggingface.main, *common, "--out_dir", tmp_path / "whole", "--steps", 4)
-    run(huggingface.main, *common, "--out_dir", tmp_path / "parts", "--steps", 2)
-    run(huggingface.main, *common, "--out_dir", tmp_path / "parts", "--steps", 4, "--resume")
-    whole, parts = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
-                    for name in ("whole", "parts"))
-    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
-        assert torch.equal(p, q), name
+def test_the_result_opens_with_its_tokenizer_and_stops_where_its_answers_were_closed(folder, eight, tmp_path):
+    run(huggingface.main, folder, eight, tmp_path)
     text = "Is it resumed? It is."
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "whole").encode(text) == \
-        Tokenizer("bytes").encode(text)
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert own.encode(text) == Tokenizer("bytes").encode(text)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [256]
+    assert not (tmp_path / "result.part").exists()
 
 
-def test_the_result_has_the_dtype_of_the_start(folder, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "start")
-    model.save_pretrained(tmp_path / "start")
-    run(huggingface.main, "--init", tmp_path / "start", "--data", eight(tmp_path), "--val_data",
-        eight(tmp_path), "--out_dir", tmp_path / "out", "--steps", 1, "--batch_size", 2)
-    assert {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+@pytest.mark.filterwarnings("ignore")
+def test_each_tensor_is_saved_in_the_dtype_of_the_start(start, eight, tmp_path):
+    """Those that a bfloat16 start keeps in float32 too: without training (an --lr that moves nothing) all of it
+    is as it was. Checkpoints are in float32."""
+    name = start("glm4_moe")
+    own = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    own.save_pretrained(tmp_path / "start")
+    transformers.AutoTokenizer.from_pretrained(name).save_pretrained(tmp_path / "start")
+    run(huggingface.main, tmp_path / "start", eight, tmp_path / "out", "--lr", 1e-30, steps=1)
+    before, after = (load_file(tmp_path / x / "model.safetensors") for x in ("start", "out"))
+    assert {x.dtype for x in before.values()} == {torch.float32, torch.bfloat16}
+    assert before.keys() == after.keys()
+    for key, x in before.items():
+        assert x.dtype == after[key].dtype and torch.equal(x, after[key]), key
     [checkpoint] = (tmp_path / "out").glob("checkpoints/*.safetensors")
     assert {x.dtype for x in load_file(checkpoint).values()} == {torch.float32}
 
 
-def test_a_sliding_window_is_trained_from_the_command_line(folder, tmp_path, capsys):
-    """With two rows a pair for the policy and for its reference, from the same start: log 2."""
-    torch.manual_seed(0)
-    sizes = GQA | {"vocab_size": 257, "eos_token_id": 256, "bos_token_id": 256, "initializer_range": 0.5}
-    config = transformers.MistralConfig(**sizes, sliding_window=4)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "start")
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "start")
-    run(huggingface.main, "--init", tmp_path / "start", "--data", eight(tmp_path), "--val_data",
-        eight(tmp_path), "--out_dir", tmp_path / "out", "--steps", 1, "--batch_size", 2, "--loss", "dpop")
-    assert "two rows a pair" in capsys.readouterr().out
-    assert log_of(tmp_path / "out")[1]["eval/loss"] == pytest.approx(np.log(2), abs=1e-4)
+def test_a_result_that_does_not_say_what_memory_says_is_not_put_there(folder, eight, tmp_path, monkeypatch):
+    """Whatever goes wrong while it is written: the run ends in one line, and its checkpoint holds the weights."""
+    save = transformers.GPT2LMHeadModel.save_pretrained
+
+    def spoiled(self, aside, **more):
+        save(self, aside, **more)
+        path = aside / "model.safetensors"
+        save_file({key: x + 0.1 for key, x in load_file(path).items()}, path, {"format": "pt"})
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as status:
+        patch.setattr(transformers.GPT2LMHeadModel, "save_pretrained", spoiled)
+        run(huggingface.main, folder, eight, tmp_path)
+    assert "log-probabilities differ" in str(status.value) and "last checkpoint" in str(status.value)
+    assert not (tmp_path / "model.safetensors").exists() and [*tmp_path.glob("checkpoints/*-0000002.*")]
+    run(huggingface.main, folder, eight, tmp_path, "--resume")
+    assert (tmp_path / "model.safetensors").exists()
 
 
-def test_lora_trains_adapters_only_and_its_reference_is_without_them(folder, tmp_path, recwarn):
+def test_a_start_that_could_not_be_saved_or_read_is_refused_before_training(folder, eight, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    common = "--init", tmp_path, "--data", eight, "--out_dir", tmp_path / "out"
+    assert "tokenizer" in refused(capsys, *common)  # transformers makes an empty one of GPT-2's kind
+    Tokenizer("bytes").save(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5}')
+    assert "generation_config.json" in refused(capsys, *common)
+    (tmp_path / "run.json").write_text(json.dumps(dict.fromkeys(("config", "identity", "saved", "finished"))))
+    assert "not finished" in refused(capsys, *common)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_reference_has_the_policy_s_tokenizer_and_rows_of_its_own(folder, start, eight, tmp_path, capsys):
+    """A reference with a sliding window beside a policy without: two rows a pair for it alone."""
+    run(huggingface.main, start("gpt2"), eight, tmp_path / "out", "--ref", start("mistral@narrow"))
+    said = capsys.readouterr().out
+    assert f"{start('gpt2')}: one row a pair" in said and f"{start('mistral@narrow')}: two rows a pair" in said
+    other = transformers.AutoTokenizer.from_pretrained(folder)
+    other.add_tokens(["new"])
+    other.save_pretrained(tmp_path / "ref")
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "ref")
+    assert "another vocabulary" in refused(capsys, "--init", folder, "--ref", tmp_path / "ref", "--data", eight,
+                                          "--out_dir", tmp_path / "out2")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_trains_adapters_only_and_its_reference_is_without_them(start, eight, tmp_path, capsys):
     pytest.importorskip("peft", reason="needs peft: pip install peft")
-    for loss in ("dpo", "tdpo1"):
-        run(huggingface.main, "--init", folder, "--loss", loss, "--data", eight(tmp_path), "--val_data",
-            eight(tmp_path), "--out_dir", tmp_path / loss, "--steps", 30, "--batch_size", 8, "--lr", 1e-2,
-            "--lora", 4, "--block_size", 64, "--dtype", "float64")
-        first, *_, last = [r for r in log_of(tmp_path / loss) if "eval/loss" in r]
-        assert first["eval/loss"] == pytest.approx(np.log(2), abs=1e-12)
-        assert last["eval/loss"] < 0.6 and last["eval/logratio/chosen"] != 0
-        [weights] = (tmp_path / loss / "checkpoints").glob("*.safetensors")
-        assert all("lora_" in name for name in load_file(weights))
-        start, end = (transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
-                      for path in (folder, tmp_path / loss))
-        changed = {name for name in start if not torch.equal(start[name], end[name])}
-        assert changed and all(".c_" in name and name.endswith("weight") for name in changed)
-    run(huggingface.main, "--out_dir", tmp_path / "dpo", "--resume", "--lora", 4, "--steps", 31)
-    assert log_of(tmp_path / "dpo")[-1]["eval/loss"] < 0.6
+    out = tmp_path / "out"
+    run(huggingface.main, start("mixtral"), eight, out, "--loss", "tdpo1", "--lr", 1e-2, "--lora", 4, "--dtype",
+        "float64", steps=4)
+    first, *_, last = [r for r in log_of(out) if "eval/loss" in r]
+    assert first["eval/loss"] == pytest.approx(np.log(2), abs=1e-12)
+    assert last["eval/loss"] < first["eval/loss"] - 0.001
+    assert all("lora_" in name for name in load_file(next(out.glob("checkpoints/*.safetensors"))))
+    before, after = (load_file(path / "model.safetensors") for path in (start("mixtral"), out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("attn" in name or "expert" in name or "gate" in name for name in changed)
+    said = capsys.readouterr().out
+    assert "of rank 4 on 8 linear layers and 6 tensors of fused experts: " in said
+    trained = sum(x.numel() for key, x in load_file(next(out.glob("checkpoints/*"))).items() if "model." in key[:6])
+    assert f"{trained:,} of " in said and f" {trained:,} parameters" in said  # also in the headline
+    huggingface.main(["--resume", "--out_dir", str(out), "--steps", "5"])  # it knows that it has adapters
+    assert log_of(out)[-1]["step"] == 5
+    assert "--init: other model" in refused(capsys, "--resume", "--out_dir", out, "--init", start("llama"), "--ref",
+                                              start("llama"), "--steps", 10)
+    assert "does not run on a row" in refused(capsys, "--init", start("xglm"), "--dtype", "float64", "--data", eight,
+                                              "--out_dir", tmp_path / "xglm")
+    assert "says peft" in refused(capsys, "--init", start("mamba"), "--lora", 4, "--data", eight, "--out_dir",
+                                  tmp_path / "mamba")
 
 
-def test_turns_become_the_model_s_own_chat_template(folder):
-    """Prompt by the template, the answer without the space of "Assistant: ", closed by what ends a turn."""
+# ---- Tokens ----
+
+
+@pytest.fixture
+def chat(folder):
     own = transformers.AutoTokenizer.from_pretrained(folder)
     own.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>"]})
     own.chat_template = TEMPLATE
-    tokenizer = huggingface_setup.Tokenizer(own)
-    prompt = "\n\nSystem: Be brief.\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: Really?\n\nAssistant:"
-    ids = tokenizer.encode_batch([prompt, " Yes <|stop|>", " No", "plain text", "a", " b"])
-    assert own.decode(ids[0]) == ("<|start|>system\nBe brief.<|stop|>\n<|start|>user\nWhy?<|stop|>\n"
-                                  "<|start|>assistant\nSo.<|stop|>\n<|start|>user\nReally?<|stop|>\n<|start|>assistant\n")
-    assert [own.decode(x) for x in ids[1:]] == ["Yes <|stop|>", "No", "plain text", "a", " b"]
-    stop = own.convert_tokens_to_ids("<|stop|>")
-    assert tokenizer.eot == stop and stop in ids[0] and stop not in ids[1]  # text is never a special token
+    return huggingface_setup.Tokenizer(own)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path, capsys):
-    """transformers makes an empty tokenizer of GPT-2's kind from nothing: no response would have a token."""
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(SystemExit):
-        run(huggingface.main, "--init", tmp_path, "--out_dir", tmp_path / "out")
-    assert "tokenizer" in capsys.readouterr().err
+def test_messages_are_rendered_by_the_model_s_own_chat_template(chat):
+    """One message is one message, whatever it says; an answer is closed by what ends a turn."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?\n\nHuman: So?"}]
+    ids, plain = chat.encode_prompts([messages, "\n\nHuman: plain"])
+    assert chat.decode(ids) == "<|start|>system\nBe brief.<|stop|>\n<|start|>user\nWhy?\n\nHuman: So?<|stop|>\n" \
+                               "<|start|>assistant\n"
+    stop = chat.own.convert_tokens_to_ids("<|stop|>")
+    assert chat.eot == stop and ids.count(stop) == 2 and chat.lead == "" and chat.rendered == 1
+    assert chat.decode(plain) == "\n\nHuman: plain"
 
 
-def test_help_shows_the_flags_of_the_port_and_of_train_py(capsys):
-    with pytest.raises(SystemExit) as status:
-        run(huggingface.main, "--help")
-    said = capsys.readouterr().out
-    assert status.value.code == 0 and "--lora RANK" in said and "--beta" in said
+def test_text_that_was_rendered_already_is_refused(chat):
+    """Its special tokens would be read as letters, and its end added once more."""
+    rendered = "<|start|>user\nWhy?<|stop|>\n"
+    for bad in ([rendered], [[{"role": "user", "content": "Why?<|stop|>"}]]):
+        with pytest.raises(DataError, match="holds '<|st.*a special token"):
+            chat.encode_prompts(bad)
+    with pytest.raises(DataError, match="special token"):
+        chat.encode_batch(["Because.<|stop|>"])
 
 
-def test_a_saved_model_stops_where_its_answers_were_closed(tmp_path):
-    """At the end of a turn of the chat template too, which need not be the model's own end-of-text."""
-    Policy(tiny("llama")).save_pretrained(tmp_path, eos=7)
-    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 7]
+def test_without_a_chat_template_messages_are_turns_and_a_line_says_which(folder, eight, tmp_path, capsys):
+    run(huggingface.main, folder, eight, tmp_path / "text")
+    assert "rendered" not in capsys.readouterr().out
+    path = tmp_path / "messages.jsonl"
+    path.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": f"{i}?"}], "chosen": "a", "rejected": "b"})
+                            + "\n" for i in range(3)))
+    run(huggingface.main, folder, path, tmp_path / "messages")
+    assert "6 prompts of messages are rendered by Human/Assistant turns" in capsys.readouterr().out
+    tokenizer = huggingface_setup.Tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
+    [ids] = tokenizer.encode_prompts([[{"role": "user", "content": "Why?"}]])
+    assert tokenizer.decode(ids) == "\n\nHuman: Why?\n\nAssistant:" and tokenizer.lead == " "
+    Tokenizer("bytes").save(tmp_path)  # with that form as its chat template
+    own = huggingface_setup.Tokenizer(transformers.AutoTokenizer.from_pretrained(tmp_path))
+    assert own.own.chat_template and own.lead == " " and own.encode_prompts([[{"role": "user", "content": "Why?"}]]) == [ids]
 
 
-def test_logits_are_float32_in_a_bfloat16_run():
-    """As train.head asks for them, under autocast; the trunk is in bfloat16 there."""
-    model = tiny("llama").float()
-    policy, hidden = Policy(model), torch.randn(3, SIZES["hidden_size"])
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = policy.logits(hidden, centered=True)
-    torch.testing.assert_close(logits, hidden @ model.lm_head.weight.T)
-    assert "forward" not in vars(model.get_decoder())  # the trunk is itself again
-
-
-def test_a_tokenizer_of_sentencepiece_s_kind(tmp_path):
+def test_a_tokenizer_of_sentencepiece_s_kind():
     """Prompts begin with begin-of-text, responses do not; spaces are "\u2581", rare bytes "<0xE6>"."""
     from tokenizers import Tokenizer, models, normalizers, processors
     letters = ["<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "b"]
@@ -378,9 +327,10 @@ def test_a_tokenizer_of_sentencepiece_s_kind(tmp_path):
     bpe.post_processor = processors.TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 0)])
     own = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     tokenizer = huggingface_setup.Tokenizer(own, segmented=True)
-    prompt, chosen, rejected = tokenizer.encode_batch(["a b", " a日", "b"])
-    assert prompt == [0, *tokenizer.encode("a b")] and 0 not in chosen + rejected and tokenizer.eot == 1
-    assert b"".join(tokenizer.token_bytes[i] for i in chosen) == " a日".encode()
+    text, turns = tokenizer.encode_prompts(["a b", [{"role": "user", "content": "a"}]])
+    chosen = tokenizer.encode(" a日")
+    assert text == [0, *tokenizer.encode("a b")] and turns[0] == 0 and 0 not in turns[1:] + chosen
+    assert tokenizer.eot == 1 and b"".join(tokenizer.token_bytes[i] for i in chosen) == " a日".encode()
 
 
 def test_segments_are_found_by_the_bytes_of_the_model_s_tokens(folder):
@@ -394,17 +344,88 @@ def test_segments_are_found_by_the_bytes_of_the_model_s_tokens(folder):
         tokenizer.encode(text)
 
 
+# ---- Answers, numbers, flags ----
+
+
+def test_a_run_ends_with_two_answers_and_a_command_that_samples_it(folder, eight, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "answer", lambda model, tokenizer, prompt, seed: tokenizer.decode(
+        model.generate(torch.tensor([prompt]), 3, temperature=0.7, eos=tokenizer.eot,
+                       generator=torch.Generator().manual_seed(seed))[0, len(prompt):]).encode().hex())
+    run(huggingface.main, folder, eight, tmp_path, "--lr", 1e-1)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    reference, policy = ([line for line in lines if line[:1] == [name]] for name in ("reference", "policy"))
+    assert len(reference) == len(policy) == 2 and reference != policy
+    assert ["next:", "python", "ports/huggingface.py", "--init", str(tmp_path), "--ask", "'Why?'"] in lines
+    prompt = " ".join([line for line in lines if line[:1] == ["prompt"]][0][1:])
+    huggingface.main(["--init", str(tmp_path), "--ask", prompt])
+    assert capsys.readouterr().out.split() == policy[0][1:]
+
+
+def test_logits_are_float32_in_a_bfloat16_run():
+    """As train.head asks for them, under autocast; the trunk is in bfloat16 there."""
+    model = architectures.tiny("llama").float()
+    policy, hidden = Policy(model), torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = policy.logits(hidden, centered=True)
+    torch.testing.assert_close(logits, hidden @ model.lm_head.weight.T)
+    assert "forward" not in vars(model.get_decoder())  # the trunk is itself again
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_have_the_numbers_of_one_process(start, eight, tmp_path, monkeypatch):
+    """Loss, log-ratios and gradient norm of each step to 1e-10, and one whole result."""
+    kinds = [("llama", []), ("gpt2", []), ("gemma2", ["--loss", "tdpo2"]), ("mixtral", []), ("qwen2", ["--lora", 4])]
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # norms are float32 in any model
+    monkeypatch.setattr(ranks, "stop", lambda: None)  # one group for all runs
+
+    def train_all(place):
+        for i, (name, more) in enumerate(kinds):
+            run(huggingface.main, start(name), eight, tmp_path / place / str(i), "--micro_batch_size", 2, "--lr", 1e-3,
+                "--dtype", "float64", *more)
+
+    train_all("one")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    children = []
+    for rank in range(2):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            try:
+                train_all("two")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    for i, kind in enumerate(kinds):
+        for one, two in zip(*(log_of(tmp_path / place / str(i)) for place in ("one", "two")), strict=True):
+            for name, x in one.items():
+                if "loss" in name or "log" in name or name == "grad_norm" or "kl/" in name:
+                    assert two[name] == pytest.approx(x, rel=1e-10, abs=1e-10), (kind, name)
+        one, two = (load_file(tmp_path / place / str(i) / "model.safetensors") for place in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert all((one[key] - two[key]).abs().max() < 1e-9 for key in one), kind
+
+
+def test_help_shows_the_flags_of_the_port_and_of_train_py(capsys):
+    with pytest.raises(SystemExit) as status:
+        huggingface.main(["--help"])
+    said = capsys.readouterr().out
+    assert status.value.code == 0 and "--lora RANK" in said and "--beta" in said
+
+
 @pytest.mark.parametrize("argv, says", [
     ([], "must name a model"),
     (["--init", "no/such/folder/here"], "no/such/folder/here"),
     (["--init", "FOLDER", "--n_layer", "3"], "--n_layer: would not be read"),
     (["--init", "FOLDER", "--lora", "-1"], "--lora be at least 0"),
     (["--init", "FOLDER", "--compile_head"], "no --compile_head"),
-    (["--init", "FOLDER", "--pack"], "no --pack"),
+    (["--init", "FOLDER", "--block_size", "999"], "--block_size 999"),
 ])
-def test_bad_flags_are_refused_in_one_line(folder, capsys, argv, says, monkeypatch):
+def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, argv, says, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit) as status:
-        run(huggingface.main, *[folder if x == "FOLDER" else x for x in argv])
-    said = capsys.readouterr().err.strip()
-    assert status.value.code == 2 and says in said and "\n" not in said
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(capsys, *[folder if x == "FOLDER" else x for x in argv])

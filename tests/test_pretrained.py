@@ -355,6 +355,8 @@ def test_damaged_folders_are_refused_in_one_line(folder, damage):
     do, says = DAMAGE[damage]
     do(folder)
     refused(GPT.from_pretrained, folder, says=[str(folder), *says])
+    if "weights" in damage:  # before anything else of the folder is looked for
+        refused(pretrained.read_config, folder, GPTConfig, says=[str(folder), *says])
 
 
 # ---- The download ----

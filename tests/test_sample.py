@@ -120,7 +120,7 @@ def test_prompts_are_one_batch_and_chat_makes_a_users_message(run, tmp_path, cap
         assert capsys.readouterr().out in together
     sample.main([*flags, "--prompt", "Hi", "--chat", "--heat", "--response", "ok", "--no-color"])
     out = capsys.readouterr().out
-    assert "prompt: Human: Hi\n\nAssistant:" in out and " [" in out  # the lead of a response to messages
+    assert "prompt: Human: Hi\n\nAssistant:" in out and "\n [" in out  # the lead of a response to messages
     (tmp_path / "p.jsonl").write_text("{}")
     assert "p.jsonl:1: " in refused(capsys, run, "--prompts", tmp_path / "p.jsonl")
 
