@@ -260,7 +260,6 @@ def test_where_the_newest_checkpoint_cannot_be_read_it_is_said_and_the_one_befor
 @pytest.mark.parametrize("name", ["killed", "full"])
 def test_without_a_checkpoint_that_can_be_read_a_run_does_not_begin_again_in_silence(
         name, templates, here, refused):
-    """Interrupted or finished, damaged or deleted; --overwrite starts anew."""
     shutil.copytree(templates / name, "run")
     for path in Path("run/checkpoints").iterdir():
         path.write_bytes(b"damaged")
@@ -314,7 +313,6 @@ def test_a_file_is_whole_and_on_the_disk_before_it_has_its_name(tmp_path, monkey
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_before_it_evaluates_and_says_how_to_go_on(
         number, status, templates, here, monkeypatch, capsys):
-    """An evaluation that fails after the signal loses nothing. Handlers are given back."""
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     real, fails = train.evaluate, []
     monkeypatch.setattr(train, "evaluate", lambda *args: kill() if fails else real(*args))

@@ -341,7 +341,6 @@ def test_a_run_has_the_gradient_and_logs_the_numbers_of_the_plain_implementation
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
 def test_lines_come_at_the_steps_asked_for_the_rate_warms_up_and_throughput_counts_what_the_loss_reads(
         loss, model_a, tmp_path):
-    """SFT reads no rejected response. A line is about the steps since the line before."""
     *_, lines, evals = run(tmp_path, loss, init=model_a, steps=7, log_every=3, eval_every=2, lr=0.08,
                            warmup_steps=4)
     assert [x["step"] for x in lines] == [1, 3, 6, 7] and [x["step"] for x in evals] == [0, 2, 4, 6, 7]
