@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data import Pair, Tokenizer, collate
 from plumbing import machine, pairs, pretrained, vocab
@@ -73,8 +74,7 @@ def parse_flags(argv):
     parser.add_argument("model", help="the folder of a run or of a model, or a name: gpt2, ...")
     parser.add_argument("--prompt", action="append", default=[], help="as in the data (may be repeated)")
     parser.add_argument("--prompts", help='a file: one prompt a line, or data with a "prompt"; - is stdin')
-    parser.add_argument("--chat", action="store_true",
-                        help="take each prompt as a user's message, and render it as in training")
+    parser.add_argument("--chat", action="store_true", help="take each prompt as a user's message")
     parser.add_argument("--response", help="score this response, not a sampled one (with --heat)")
     parser.add_argument("--heat", action="store_true", help="beta log pi/pi_ref of every token of the answer")
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None,
@@ -85,8 +85,7 @@ def parse_flags(argv):
     parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
     parser.add_argument("--top_p", type=float, help="sample from the fewest tokens that reach p")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same answers (default 0)")
-    best = machine.best_device()
-    parser.add_argument("--device", default=best, help=f"cpu, cuda, mps, ... (default {best})")
+    parser.add_argument("--device", default=machine.best_device(), help="cpu, cuda, mps, ...")
     return parser.parse_args(argv)
 
 
@@ -103,17 +102,16 @@ def check(args):
 
 def load(args):
     """(policy, reference or None, tokenizer, beta): a run has a reference, other models only one of --ref."""
-    folder, run = Path(args.model), {"config": {}, "identity": {}}
-    if (folder / "run.json").exists():
-        run = read_run(folder)
-    if args.model not in pretrained.NAMES:
+    folder, named = Path(args.model), args.model in pretrained.NAMES
+    run = read_run(folder) if (folder / "run.json").exists() else {"config": {}, "identity": {}}
+    if not named:
         kind = pretrained.load_config(folder).get("model_type")
         if kind not in (None, "gpt2", pretrained.OWN):
             raise ConfigError(f"{folder}: a {kind}, as ports/huggingface.py trains; sample it by "
                               f"transformers.pipeline('text-generation', {args.model!r})")
         if not vocab.is_in(folder):
             raise ConfigError(f"{folder}: holds no tokenizer; put its files there")
-    tokenizer = Tokenizer(args.model)
+    tokenizer = Tokenizer("gpt2" if named else args.model)
     policy = open_model(args.model).to(args.device)
     check_tokens("model", args.model, policy.config, tokenizer)
     ref, beta = args.ref or run["config"].get("ref"), run["config"].get("beta") or 1.0  # 1: plain log-ratios
@@ -147,24 +145,26 @@ def sample(args):
     width = shutil.get_terminal_size((100, 24)).columns
     for at in range(0, len(prompts), 64):  # a batch
         batch, answers = prompts[at:at + 64], {}
-        given = args.response and ("" if isinstance(batch[0], str) else tokenizer.lead) + args.response
-        given = given and np.array([*tokenizer.encode(given), tokenizer.eot])
-        room = block_size - (args.max_new_tokens if given is None else len(given))
+        given = [("" if isinstance(p, str) else tokenizer.lead) + args.response for p in batch
+                 if args.response is not None]
+        given = [np.array([*x, tokenizer.eot]) for x in tokenizer.encode_batch(given)]
+        room = block_size - max(map(len, given), default=args.max_new_tokens)
         if room < 1:
             raise ConfigError(f"the answer may take all of block_size {block_size}: no room for a prompt")
         ids = [np.array(x) for x in tokenizer.encode_prompts(batch)]
-        for name, model in models.items() if given is None else ():
+        for name, model in () if given else models.items():
             answers[name] = generate(model, tokenizer, [x[-room:] for x in ids], args)
         for i, prompt in enumerate(batch):
             if len(ids[i]) > room:
                 print(f"(the prompt loses its first {len(ids[i]) - room} tokens: block_size {block_size})")
-            print(f"prompt: {prompt if isinstance(prompt, str) else tokenizer.render(prompt).strip()}\n")
-            rows = {name: x[i][x[i] != tokenizer.eot] for name, x in answers.items()}
-            texts = [(name, tokenizer.decode(row).strip()) for name, row in rows.items()]
+            prompt = prompt if isinstance(prompt, str) else tokenizer.render(prompt)
+            print(f"prompt: {prompt.strip()}\n")
+            texts = [(name, tokenizer.decode(t for t in rows[i] if t != tokenizer.eot).strip())
+                     for name, rows in answers.items()]
             if texts:
                 print((side_by_side(texts, width) if reference else texts[0][1]) + "\n")
             if args.heat:
-                response = answers["policy"][i] if given is None else given
+                response = (given or answers["policy"])[i]
                 rewards = token_rewards(policy, reference, ids[i][-room:], response, beta)
                 print(f"beta log pi/pi_ref, token by token, beta {beta:g}; sum {sum(rewards):+.3f}")
                 print(heat(tokenizer, response.tolist(), rewards, color) + "\n")
@@ -172,9 +172,7 @@ def sample(args):
 
 def generate(model, tokenizer, prompts, args):
     """A sampled answer to each prompt, ids (N,), end-of-text included where the model wrote it."""
-    tokens = torch.full((len(prompts), max(map(len, prompts))), -1)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[:len(prompt)] = torch.from_numpy(prompt)
+    tokens = pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True, padding_value=-1)
     with sampling(model, tokenizer):
         tokens = model.generate(tokens.to(args.device), args.max_new_tokens, temperature=args.temperature,
                                 top_k=args.top_k, top_p=args.top_p, eos=tokenizer.eot,

@@ -305,6 +305,7 @@ def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
     with folder.Run(cfg, identity, policy, tokenizer, pairs, val, maximum) as this:
         if this.finished:
             return report.say(f"{cfg.out_dir}: finished at step {cfg.steps}; more --steps go on from there")
+        this.describe(policy)
         ranks.shard(policy)
         reference = no_reference
         if model:

@@ -351,7 +351,7 @@ def verdicts(rows):
     few = "; ".join(name for name, p in ps if p < level) or "none"
     return markdown({"tables": [table("Differences are paired by seed, ± 95 % interval, p of Student's t",
                                       ["the papers say", "seen here"], shown)]}) + (
-        f"**Of {len(ps)} comparisons {sum(p < 0.05 for _, p in ps)} have p < 0.05; Bonferroni asks for p < "
+        f"\n**Of {len(ps)} comparisons {sum(p < 0.05 for _, p in ps)} have p < 0.05; Bonferroni asks for p < "
         f"{level:.2g}, and {sum(p < level for _, p in ps)} survive:** {few}.\n")
 
 

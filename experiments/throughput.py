@@ -73,25 +73,28 @@ def draw_lengths(o):
     return np.stack(columns, -1).round().astype(int).clip(min=5)
 
 
-def make_vocabulary(size):
-    """{token: id} of that size in which no two letters of a text merge: bytes, then pairs and triples of
-    bytes that are no letters."""
-    single = [bytes([b]) for b in range(256)]
-    others = [b for b in single if b.decode("latin") not in LETTERS]
-    pairs = [a + b for a, b in itertools.product(others, others)]
-    triples = (a + b for a, b in itertools.product(pairs, others))
-    return {token: i for i, token in enumerate(itertools.islice(
-        itertools.chain(single, pairs, triples), size - 1))}
+def write_vocabulary(folder, size):
+    """vocab.json and merges.txt, which old commits and transformers read, of that size. Letters never merge:
+    tokens are bytes, then pairs and triples of bytes that are no letters."""
+    single = sorted(shown := vocab.byte_characters(), key=shown.get)
+    others = [c for c in single if c not in LETTERS]
+    pairs = list(itertools.product(others, others))
+    triples = itertools.product(map("".join, pairs), others)
+    merges = list(itertools.islice(itertools.chain(pairs, triples), size - 257))
+    ids = {token: i for i, token in enumerate([*single, *map("".join, merges), vocab.EOT])}
+    config = {"tokenizer_class": "GPT2Tokenizer", **dict.fromkeys(("bos_token", "eos_token"), vocab.EOT)}
+    for name, text in (("vocab.json", json.dumps(ids)), ("tokenizer_config.json", json.dumps(config)),
+                       ("merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))):
+        Path(folder, name).write_text(text, encoding="utf-8")
 
 
 def make(o):
     """The start of all sides, unless --model gives it, and the records."""
-    layers, heads, channels = SIZES[o.size]
+    (layers, heads, channels), eot = SIZES[o.size], o.vocab - 1
     torch.manual_seed(0)
     space = " " if o.model else ""  # " a" is one token of most vocabularies
     if not o.model:
         o.model = str(Path(o.folder, "start"))
-        ranks, eot = make_vocabulary(o.vocab), o.vocab - 1
         if o.size == "qwen2":
             from transformers import Qwen2Config, Qwen2ForCausalLM
             Qwen2ForCausalLM(Qwen2Config(
@@ -100,13 +103,12 @@ def make(o):
                 tie_word_embeddings=True, bos_token_id=eot, eos_token_id=eot)).save_pretrained(o.model)
         else:
             GPT(GPTConfig(o.vocab, 2048, layers, heads, channels)).save_pretrained(o.model, eot)
-        vocab.write(o.model, ranks, eot)
+        write_vocabulary(o.model, o.vocab)
     o.port = json.loads(Path(o.model, "config.json").read_text())["model_type"] != "gpt2"
     rng = np.random.default_rng(1)
 
     def text(n):
         return "".join(space + letter for letter in rng.choice(list(LETTERS), n))
-
     for name, lengths in (("records", draw_lengths(o)), ("held_out", [(8, 8, 8)])):
         records = [{"prompt": text(P), "chosen": text(C - 1), "rejected": text(R - 1)} for P, C, R in lengths]
         Path(o.folder, f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -367,9 +369,8 @@ def measure(o, sides):
     with tempfile.TemporaryDirectory() as folder:
         o = argparse.Namespace(**vars(o) | {"folder": folder})
         make(o)
-        running = []
+        running = [Side(o, name, *side) for name, side in sides.items()]
         try:
-            running += [Side(o, name, *side) for name, side in sides.items()]
             for number in range(o.warmup + o.repeats):
                 for side in running if number % 2 else running[::-1]:
                     answers[side.name].append(side.step())
@@ -494,8 +495,7 @@ def parse(argv=None):
     o.warmup = o.warmup or max(2, 0 if o.live else o.batches)
     o.vocab = o.vocab or (151_936 if o.size == "qwen2" else 50257)
     o.limit = o.limit or {"float64": 1e-9, "float32": 1e-5 if trl else 2e-4, "bfloat16": 2e-2}[o.dtype]
-    if o.live:
-        o.batches = o.warmup + o.repeats
+    o.batches = o.warmup + o.repeats if o.live else o.batches
     if not o.against:
         o.loss = o.loss or ("tdpo2" if o.peer == "tdpo" else "dpo")
         if (o.peer == "tdpo") != (o.loss != "dpo"):

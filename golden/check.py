@@ -55,8 +55,7 @@ def inputs(regime):
     return pipeline.unrolled(there)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What mistakes lead to
+# ---- What mistakes lead to ----
 
 
 @functools.cache
@@ -119,8 +118,7 @@ def touches(mistake, loss):
     return False
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Comparison
+# ---- Comparison ----
 
 
 def dtype_name(tensor):
@@ -261,8 +259,7 @@ def unreached(theirs, fine):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Explanations. Each is a tuple of mistakes and the slope of their hinges at 0.
+# ---- Explanations. Each is a tuple of mistakes and the slope of their hinges at 0 ----
 
 
 class Port:
@@ -403,8 +400,7 @@ def root(f, x, target):
     return b if abs(fb) < 1e-7 * max(1, abs(target)) else None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Words
+# ---- Words ----
 
 
 def subject(names, verb="equal"):

@@ -125,8 +125,7 @@ def mean_of_rows(values, row, rows):
     return right.segment_sum(values, row, rows) / count.clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The batch: which logits, which tokens, which segments
+# ---- The batch: which logits, which tokens, which segments ----
 
 
 def one_later(x, first):
@@ -343,8 +342,7 @@ BATCH = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# From logits to log-probabilities
+# ---- From logits to log-probabilities ----
 
 
 def with_log_softmax(log_softmax):
@@ -414,8 +412,7 @@ LOGPS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Every loss of two responses
+# ---- Every loss of two responses ----
 
 
 SEQUENCE = ("dpo_loss", "dpop_loss", "tdpo1_loss", "tdpo2_loss")
@@ -518,7 +515,6 @@ PAIRS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------
 # DPOP. Each variant is a function of p: log-ratios c_w and c_l, h = beta (c_w - c_l), hinge = max(0, -c_w),
 # beta, lam, bl = beta lam, and win = log pi(y_w|x) - log pi(y_l|x).
 
@@ -578,8 +574,7 @@ DPOP = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# TDPO. Each variant gives the margin from u, beta times the two KLs, alpha and beta.
+# ---- TDPO. Each variant gives the margin from u, beta times the two KLs, alpha and beta ----
 
 
 def tdpo1(margin):
@@ -642,8 +637,7 @@ TDPO = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 2D-DPO: the rewards, the sums, the selection
+# ---- 2D-DPO: the rewards, the sums, the selection ----
 
 
 def weigh(rewards):
@@ -813,8 +807,7 @@ MISTAKES = [*BATCH, *LOGPS, *PAIRS, *DPOP, *TDPO, *TWO_D]
 BY_NAME = {mistake.name: mistake for mistake in MISTAKES}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Constants: a right loss with another number in it. check.py reads the number off a port's results.
+# ---- Constants: a right loss with another number in it. check.py reads the number off a port's results ----
 
 
 def knob(name, loss):

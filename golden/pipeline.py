@@ -25,8 +25,7 @@ HYPER = {                                                        # the hyper-par
 TERMS = {name: losses.terms_of(losses.LOSSES[name]) for name in HYPER}  # the names of its tensors, in order
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Stages. The right choice of each is one line; the comment says what a wrong one would do.
+# ---- Stages. The right choice of each is one line; the comment says what a wrong one would do ----
 
 
 def predicting_logits(logits):
@@ -102,8 +101,7 @@ def reference_after_the_step(policy, reference):
     return reference
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The whole way
+# ---- The whole way ----
 
 
 def source(name, term):

@@ -60,7 +60,8 @@ def load(folder, model, optimizer):
     step, state, tensors = newest(folder)
     own = dict(model.named_parameters())
     found = {name.removeprefix("model."): x.shape for name, x in tensors.items() if name.startswith("model.")}
-    if found != {name: p.shape for name, p in own.items()}:
+    names = {name.partition(".")[2] for name in tensors}
+    if found != {name: p.shape for name, p in own.items()} or names != own.keys():
         raise ConfigError(f"{folder}: its checkpoint is of another model; --overwrite starts anew")
     with torch.no_grad():
         for name, x in tensors.items():

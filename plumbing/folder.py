@@ -232,19 +232,20 @@ class Run:
             report.say(f"{folder}: nothing was saved before the interruption; the run begins again")
         self.record["saved"] = self.first
         write_json(folder / "run.json", self.record)  # now that nothing refuses it
-        with writing(folder):  # so that a run that is stopped can be sampled
-            ranks.only_main(self.describe)(policy)
         self.log_file = Log(folder / "log.jsonl", self.first,
                             self.record | {"resumed_at": self.first} | self.about)
         report.say(report.headline(cfg, self.about, self.first))
         self.clock, self.tokens = time.perf_counter(), []
 
+    @ranks.only_main
     def describe(self, policy):
-        """Write config.json and the tokenizer, with what the start's say and training does not change."""
-        ours, init = isinstance(policy, GPT), self.cfg.init
-        if ours:
-            pretrained.write_config(policy, self.folder, self.tokenizer.eot)
-        if not (ours and init and pretrained.carry_over(init, self.folder)):
+        """Write config.json and the tokenizer, with what the start's say and training does not change: before
+        the run, so that it can be sampled when it is stopped, and after it. The policy is whole."""
+        with writing(self.folder):
+            if isinstance(policy, GPT):
+                pretrained.write_config(policy, self.folder, self.tokenizer.eot)
+                if self.cfg.init and pretrained.carry_over(self.cfg.init, self.folder):
+                    return
             self.tokenizer.save(self.folder)
 
     def steps(self):
@@ -316,7 +317,7 @@ class Run:
             ranks.unshard(model)
         with writing(self.folder):
             ranks.only_main(policy.save_pretrained)(self.folder, self.tokenizer.eot)
-            ranks.only_main(self.describe)(policy)
+        self.describe(policy)
         write_json(self.folder / "run.json", self.record | {"finished": self.cfg.steps})
         ranks.wait()  # the files are there before another rank reads them
 

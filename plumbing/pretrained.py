@@ -14,8 +14,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from plumbing import vocab
 from plumbing.errors import ModelError
@@ -151,8 +151,10 @@ def load_config(folder, name="config.json"):
 
 
 def read_config(folder, config_class):
-    """config.json -> GPTConfig. What would change the computation of GPT-2 is refused."""
+    """config.json -> GPTConfig. Weights cut short and what would change GPT-2's computation are refused."""
     path, c = Path(folder, "config.json"), load_config(folder)
+    if path.with_name("model.safetensors").exists():
+        read_weights(path.parent, names=[])
     try:
         if c.get("model_type") == OWN:
             return config_class(**{field.name: c[field.name] for field in fields(config_class)})
@@ -179,11 +181,11 @@ def stops_of(folder):
     return []
 
 
-def read_weights(folder):
-    """The tensors of model.safetensors."""
-    path = folder / "model.safetensors"
+def read_weights(folder, names=None):
+    """The tensors of model.safetensors, all or some."""
     try:
-        return load_file(path)
+        with safe_open(path := folder / "model.safetensors", "pt") as f:
+            return {name: f.get_tensor(name) for name in (f.keys() if names is None else names)}
     except (OSError, ValueError, SafetensorError) as e:
         raise ModelError(f"{path}: missing, cut short, or not a safetensors file ({e}); pickles (.bin) and "
                          "shards are not read") from None

@@ -24,7 +24,8 @@ def say(text):
 
 def bar(items, name, *sizes, **options):
     """A progress bar, on a terminal only."""
-    return tqdm(items, name, *sizes, **options, disable=True if ranks.rank() else None)
+    hidden = ranks.rank() or sys.stderr is None
+    return tqdm(items, name, *sizes, **options, disable=True if hidden else None)
 
 
 # ---- A run's lines ----

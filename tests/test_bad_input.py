@@ -20,7 +20,6 @@ import train
 from model import GPT, GPTConfig
 from plumbing import flags as core_flags
 from plumbing.errors import ConfigError, DataError, ModelError, RunError
-from plumbing.vocab import EOT
 
 SEGMENTS = {"chosen": [{"text": "good", "scores": [1, 2]}, {"text": "!", "scores": [2, 0]}],
             "rejected": [{"text": "bad", "scores": [0, 1]}]}
@@ -58,8 +57,8 @@ FLAGS = [
     ("--data late.jsonl", "late.jsonl:5: not UTF-8"), ("--data second.jsonl", "second.jsonl:5: not JSON"),
     ("--data one.jsonl", "one.jsonl:1: no group of pairs is small enou"), (f"--data {LONG}", "xxxx"),
     ("--init gpt3", "--init gpt3: no such folder; choose one, or"), (f"--init {LONG}", "no such folder"),
-    ("--init nothing", "nothing/config.json: No such file or directo"),
-    ("--ref nothing", "nothing/config.json: No such file or directo"),
+    ("--init nothing", "nothing/config.json: "),
+    ("--ref nothing", "nothing/config.json: "),
     ("--ref words", "--ref words: has another tokenizer"),
     ("--ref other", "--ref other: has another tokenizer"), ("--ref bare", "--ref bare: has 337 token ids"),
     ("--ref short", "--block_size 64: --ref short has 32"),
@@ -112,12 +111,13 @@ def make_nan(folder):
 
 MODELS = [  # the rest: test_pretrained.py, test_vocab.py
     (cut("model.safetensors", 20_000), "model/model.safetensors: "),
-    (lambda f: [cut("model.safetensors", 20_000)(f), remove("vocab.json")(f)], "model/model.safetensors: "),
+    (lambda f: [cut("model.safetensors", 99)(f), remove("tokenizer.json")(f)], "model/model.safetensors: "),
     (remove("model.safetensors"), "model.safetensors"),
     (make_nan, "--init model: wpe.weight holds NaN or infinity"),
-    (remove("config.json"), "config.json: No such file"), (cut("config.json", 0), "config.json: "),
+    (remove("config.json"), "model/config.json: "), (cut("config.json", 0), "config.json: "),
     (edit("config.json", model_type="llama"), "llama"),
-    (cut("vocab.json", 0), "vocab.json: not JSON"), (edit("vocab.json", **{EOT: ...}), EOT)]
+    (cut("tokenizer.json", 0), "tokenizer.json: not JSON"),
+    (edit("tokenizer.json", model={"type": "Unigram"}), "tokenizer.json: ")]
 
 # ---- Folders of runs: what is done to a copy of run; words of the message, with --resume --steps 3 ----
 
@@ -158,8 +158,10 @@ def corpus(tmp_path_factory):
         sizes = GPTConfig(tokenizer.vocab_size, 32 if name == "short" else 64, 1, 2, 16)
         GPT(sizes).save_pretrained(folder / name)
         tokenizer.save(folder / name)
-    edit("vocab.json", a=98, b=97)(folder / "other")
-    shutil.copytree(folder / "words", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    swapped = json.loads((folder / "other/tokenizer.json").read_text())
+    swapped["model"]["vocab"] |= {"a": 98, "b": 97}
+    (folder / "other/tokenizer.json").write_text(json.dumps(swapped))
+    shutil.copytree(folder / "words", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main("--data good.jsonl --init a --out_dir run --steps 2 --batch_size 2 --save_every 1".split())

@@ -22,7 +22,6 @@ import replay  # noqa: E402
 import weight  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
-from toy import reviews  # noqa: E402
 
 pytestmark = pytest.mark.slow  # training: seconds
 
@@ -185,33 +184,3 @@ def test_the_kl_of_samples_is_unbiased(two_models):
     assert samples["kl"][1] < se  # what the Rao-Blackwellisation is for
     assert abs(samples["kl"][0] - mean) < 4 * math.hypot(se, samples["kl"][1])
     assert replay.sample_reviews(policy, policy, tokenizer, 8, 3)["kl"] == [0.0, 0.0]
-
-
-def test_credit_and_parts_sum_to_the_responses_log_ratio(two_models):
-    """Sentences' log-ratios, and the three parts of a chosen answer, add up to those of whole responses."""
-    policy, reference, tokenizer = two_models
-    world = replay.World(pairs=4, preferred=4, held_out=6)
-    pairs = replay.encoded(world)[2]
-    got = replay.credit(policy, reference, pairs, tokenizer.eot)
-    batch, logps, ref_logps = replay.token_logratios(policy, reference, [pairs[i] for i in range(6)])
-    wanted = (logps - ref_logps)[batch.target != tokenizer.eot].sum().item()
-    assert np.sum(got["sum"]) == pytest.approx(wanted, abs=1e-3)
-    assert np.sum(got["count"]) == int(batch.segment_mask.sum())
-    pairs = replay.encoded(replace(world, name="sums", edits=3))[2]
-    parts = replay.parts_of_chosen(policy, reference, pairs)
-    batch, logps, _ = replay.token_logratios(policy, reference, [pairs[i] for i in range(6)])
-    chosen = logps[batch.response % 2 == 0].sum().item() / 6
-    assert parts["policy"]["total"] == pytest.approx(chosen, abs=1e-4)
-    assert parts["differing"] == pytest.approx(3 * 6 / sum(len(pairs[i].chosen) for i in range(6)))
-
-
-def test_reward_weighted_sft_weighs_by_the_exponential_of_the_true_reward():
-    """Two segments of reward 1/2 and 1 are a true reward of 12: weight exp((12 - 16) / 2)."""
-    logps, rewards = torch.tensor([[-1.0, -2.0]]).double(), torch.tensor([[0.5, 1.0]]).double()
-    masks, nothing = [torch.ones(1, 2, dtype=torch.bool)] * 2, torch.zeros(1, 2).double()
-    loss = replay.weighted_sft_loss(logps, nothing, rewards, nothing, *masks, beta=2.0)
-    assert loss.item() == pytest.approx(3 * math.exp(-2))
-    pair = replay.raw_pairs(replay.World(pairs=1, held_out=0))[0][0]
-    scores = [np.mean(segment["scores"]) / 4 for segment in pair["chosen"]]
-    text = pair["prompt"] + "".join(segment["text"] for segment in pair["chosen"])
-    assert reviews.reward(text) == pytest.approx(16 * np.mean(scores))

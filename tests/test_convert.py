@@ -97,8 +97,7 @@ ROLES = [{"from": role, "value": "Hi"} for role in ("user", "human", "Human", "U
     (pair(turns("Hi"), says("A", "B", "Yes"), says("A", "B", "No")), (AB, " Yes", " No")),
     (pair("B", turns("Hi", "A", "B", "Yes"), turns("Hi", "A", "B", "No")), (AB, " Yes", " No")),
     # text, a message, messages, {"messages"}, parts of content
-    (pair(turns("Hi"), "Yes", "No"), YES_NO),
-    (pair(turns("Hi")[0], says("Yes")[0], "No"), YES_NO),
+    (pair(turns("Hi"), "Yes", "No"), YES_NO), (pair(turns("Hi")[0], says("Yes")[0], "No"), YES_NO),
     (pair("Hi", {"messages": says("Yes")}, {"messages": says("No")}), YES_NO),
     (pair([{"role": "user", "content": [{"type": "text", "value": "H"}, {"type": "text", "text": "i"}]}],
           says([{"type": "text", "text": "Yes"}]), [{"type": "text", "text": "No"}]), YES_NO),
@@ -142,7 +141,8 @@ def test_keys_without_meaning_are_left_out_and_counted_and_an_id_is_kept():
         sha256 rejected-model model_name prompt_tokens num_tokens chosen_length conversationId _id uuid"""
     converter = convert.Converter()
     made = converter.convert(pair(**dict.fromkeys(keys.split(), "x"), metadata={"url": "x"}, id="a"))
-    assert made == pair(id="a") and converter.left_out == dict.fromkeys([*keys.split(), "metadata", "id"], 1)
+    assert made == pair(id="a") and converter.left_out == dict.fromkeys([*keys.split(), "metadata"], 1)
+    assert convert.Converter(drop=["id"]).convert(pair(id=7)) == converter.convert(pair(id=[7])) == pair()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -166,6 +166,8 @@ def with_answer(**more):
     ({"messages": [*turns("Hi"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
      MEANT.format("messages[1].tool_calls", "tool_calls")),
     (pair(chosen=[{"text": "a", "reasoning": "b"}]), MEANT.format("chosen[0].reasoning", "reasoning")),
+    (pair(turns("Hi"), [{"type": "text", "text": "a", "x": 1}], "b"), MEANT.format("chosen[0].x", "x")),
+    (pair(turns("Hi"), {"messages": says("Yes"), "x": 1}, "b"), MEANT.format("chosen.x", "x")),
     *((pair(**{key: value}), MEANT.format(key, key)) for key, value in [
         ("tools", [{}]), ("functions", [{}]), ("images", ["x"]), ("context", "A"), ("instruction", "Do"),
         ("input", "A story"), ("history", [["a", "b"]]), ("question", "other"), ("conversation_summary", "x"),
@@ -204,6 +206,7 @@ def with_answer(**more):
     ({"chosen": turns("Yes"), "rejected": turns("No")}, '"chosen": no assistant turn stands after'),
     ({"chosen": says("Yes"), "rejected": says("No")}, "lacks prompt"),
     ({"messages": turns("Hi")}, '"messages" must end in an assistant turn, the answer'),
+    ({"messages": turns("Hi", "Yes"), "prompt": turns("Hi")[0] | {"x": 1}}, MEANT.format("prompt", "prompt")),
     # what is no form names the nearest alone
     ({"question": "Q", "good_answer": "a"}, "no form has the keys good_answer, question; the nearest, pairs, "
      "lacks chosen, rejected; if they have other names: --keys chosen=NAME rejected=NAME"),
@@ -266,6 +269,7 @@ def test_keys_are_renamed_and_dropped_as_the_flags_say(tmp_path, capsys):
         "d.jsonl: 2 pairs, the prompt as it stands", "keys left out: source (2)",
         "wrote out.jsonl: 2 records; to train on it:", "python train.py --loss dpo --data out.jsonl"]
     assert (tmp_path / "out.jsonl").read_text() == 2 * '{"prompt": "Q", "chosen": "a", "rejected": "b"}\n'
+    assert trained_on(with_answer(x=1), drop=["x"]) == YES_NO  # at any depth
     for more, message in ((["nope"], "--drop, --keys: no record has the key nope"),
                           (["--keys", "nope=x"], "--keys nope=x: must be NAME=KEY, with a NAME of"),
                           (["--keys", "question=source"], 'there is a "question" already; --drop question')):
@@ -288,7 +292,7 @@ def test_of_labelled_completions_the_true_ones_are_kept_where_the_flag_says_so(t
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
-ROWS = [pair(f"Q{i}", f"good\n{i}, é", f'bad "{i}"') for i in range(3)]
+ROWS = [pair(f"Q{i}", f"good\n{i}, é\u2028\x85“", f'bad "{i}"') for i in range(3)]
 TEXTS = [tuple(record.values()) for record in ROWS]
 JSONL = "".join(json.dumps(record) + "\n" for record in ROWS).encode()
 ARRAY = json.dumps(ROWS, indent=1).encode()

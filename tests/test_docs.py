@@ -70,7 +70,8 @@ def port_results(source):
     """All results of the JavaScript port for the regimes whose logits are given: golden name -> tensor."""
     if not shutil.which("node"):
         pytest.skip("node is not installed")
-    given = [name.split("/")[1] for name in check.golden() if re.fullmatch("input/[^/]+/chosen_logits", name)]
+    given = [name.split("/")[1] for name in check.golden() if name.startswith("float64")
+             and name.endswith("/dpo/grad_chosen_logits")]
     inputs = {regime: {name: tensor.tolist() for name, tensor in check.inputs(regime).items()}
               for regime in given}
     main = """const {inputs, hyper} = JSON.parse(require("fs").readFileSync(0));

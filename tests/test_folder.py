@@ -219,8 +219,10 @@ def change_data():
 
 def change_tokenizer():
     """The same number of ids, two of them exchanged, in the policy's folder and the reference's."""
-    for path in (Path("a/vocab.json"), Path("b/vocab.json")):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"a": 98, "b": 97}))
+    for path in (Path("a/tokenizer.json"), Path("b/tokenizer.json")):
+        content = json.loads(path.read_text())
+        content["model"]["vocab"] |= {"a": 98, "b": 97}
+        path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("says, changes, prepare", [
@@ -372,7 +374,7 @@ def test_a_folder_is_one_writers_and_one_runs(templates, here, monkeypatch, refu
     assert found == ["held", "free"]
     refused("--out_dir run: holds a dpo run; choose --resume, --overwrite", loss="dpop")
     for overwrite in (False, True):
-        refused("--out_dir b: holds 5 files (config.json, ...) and is no run's", out_dir="b",
+        refused("files (chat_template.jinja, ...) and is no run's", out_dir="b",
                 overwrite=overwrite)
     with pytest.raises(folder.ConfigError, match="--out_dir run: holds a dpo run"):
         folder.claim(Path("run"), {}, resume=False, overwrite=False)  # made since the first check

@@ -1,5 +1,5 @@
-"""Readers under arbitrary input: convert.py, the reader of the one format, those of run.json, checkpoints and
-model folders raise nothing but their own errors, and what convert.py writes is read. A few seconds;
+"""Readers under arbitrary input: convert.py, the reader of the one format, those of run.json and of
+checkpoints raise nothing but their own errors, and what convert.py writes is read. A few seconds;
 TERMWISE_FUZZ_SECONDS=60 makes it a minute.
 """
 
@@ -7,14 +7,13 @@ import gzip
 import itertools
 import json
 import os
-import struct
 import time
 
 import pytest
 import torch
 
 import data
-from model import GPT, GPTConfig, ModelError
+from model import GPT, GPTConfig
 from plumbing import checkpoints, files, report
 from plumbing.errors import ConfigError
 from plumbing.folder import read_run
@@ -48,9 +47,6 @@ def fuzz(test, *strategies, share):
         if time.monotonic() > end:
             break
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Strategies
 
 TEXT = st.text(st.characters(), max_size=12)
 LONE = st.sampled_from(["\ud800", "a\udfff", "\udc00\ud800"])
@@ -103,10 +99,6 @@ def converted(path):
         assert str(path) in str(e) or "--drop" in str(e)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The tests
-
-
 def test_any_records_are_converted_or_refused_and_what_is_written_is_read(folder):
     """Objects that resemble every form; what is read is well-formed."""
     found = []
@@ -135,7 +127,7 @@ def test_any_records_are_converted_or_refused_and_what_is_written_is_read(folder
         data.collate([pairs[i] for i in range(len(pairs))])
 
     fuzz(check, st.lists(st.one_of(RECORD, TWO, WELL_FORMED, JSON), min_size=1, max_size=3), KINDS,
-         st.sampled_from([8, 64, 1000]), st.booleans(), share=0.4)
+         st.sampled_from([8, 64, 1000]), st.booleans(), share=0.6)
     assert found  # not everything is refused
 
 
@@ -151,7 +143,7 @@ def test_any_bytes_in_a_data_file_are_read_or_refused_with_data_errors(folder):
         converted(folder / f"bytes{kind}")
 
     fuzz(check, st.one_of(st.just(b""), st.binary(max_size=60)), CUTS,
-         st.sampled_from([".jsonl", ".jsonl.gz", ".json", ".csv"]), share=0.15)
+         st.sampled_from([".jsonl", ".jsonl.gz", ".json", ".csv"]), share=0.2)
 
 
 def test_any_change_of_a_checkpoint_or_of_run_json_is_read_or_refused_with_a_config_error(folder):
@@ -179,40 +171,3 @@ def test_any_change_of_a_checkpoint_or_of_run_json_is_read_or_refused_with_a_con
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "say", lambda text: None)
         fuzz(check, CUTS, st.one_of(st.none(), st.dictionaries(keys, JSON), JSON), share=0.2)
-
-
-def test_any_weights_or_config_are_read_or_refused_with_a_model_error(folder):
-    """Bytes changed, headers of any length, JSON of any kind: in config.json and in model.safetensors."""
-    target = folder / "model"
-    GPT(GPTConfig(8, 4, 1, 1, 2)).save_pretrained(target)
-    good = {name: (target / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    config = json.loads(good["config.json"])
-
-    def check(cuts, name, value, size, how):
-        if how == "bytes":
-            content = damage(good[name], cuts)
-        elif name == "config.json":
-            content = json.dumps(config | value if isinstance(value, dict) else value).encode()
-        else:
-            text = json.dumps(value).encode()
-            content = struct.pack("<Q", len(text) if how == "header" else size) + text + b"\0" * 16
-        (target / name).write_bytes(content)
-        try:
-            GPT.from_pretrained(target)
-        except ModelError as e:
-            assert str(target) in str(e) or "needs a whole number" in str(e) or "divisible" in str(e)
-        finally:
-            (target / name).write_bytes(good[name])
-
-    names = ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner", "model_type"]
-    sizes = st.dictionaries(st.sampled_from(names),
-                            st.one_of(st.integers(-2, 9), st.floats(), st.none(), TEXT, st.just("termwise")))
-    entry = st.fixed_dictionaries({
-        "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "X"]),
-        "shape": st.lists(st.integers(-1, 2**40), max_size=3),
-        "data_offsets": st.lists(st.integers(-1, 20), min_size=2, max_size=2)})
-    headers = st.dictionaries(
-        st.sampled_from(["wte.weight", "transformer.wpe.weight", "lm_head.weight", "x"]), entry)
-    fuzz(check, CUTS, st.sampled_from(sorted(good)), st.one_of(sizes, headers, JSON),
-         st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 200)),
-         st.sampled_from(["bytes", "header", "size"]), share=0.25)

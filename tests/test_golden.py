@@ -20,8 +20,7 @@ EPS = 1e-30
 LOGITS = [r for r in make.REGIMES if r not in ("gpt", "second-step")]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The port: one choice a function. RIGHT is the right choice of each; a broken port replaces one or two.
+# ---- The port: one choice a function. RIGHT is the right choice of each; a broken port replaces one or two ----
 
 
 def log_softmax(x):
@@ -254,8 +253,7 @@ def selected(inputs, rewards):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The broken ports, one for every known mistake
+# ---- The broken ports, one for every known mistake ----
 
 
 def segments_from_row_start(segments, mask):
@@ -371,9 +369,8 @@ BROKEN = {
     "no-shift": dict(shift=lambda z: z),
     "mask-wrong-side": dict(scored=with_last(lambda first, last, t: (first < t) & (t <= last + 1))),
     "prompt-scored": dict(scored=PROMPT_TOO),
-    "last-prompt-token-scored": dict(
-        scored=with_last(lambda first, last, t: (0 < t) & (first - 1 <= t) & (t <= last))),
-    "padding-scored": dict(scored=PADDING_TOO),
+    "last-prompt-token-scored": dict(scored=with_last(lambda first, last, t: (0 < t) & (first - 1 <= t) & (t
+        <= last))), "padding-scored": dict(scored=PADDING_TOO),
     "one-pad-scored": dict(scored=with_last(lambda first, last, t: (first <= t) & (t <= last + 1))),
     "end-of-text-not-scored": dict(scored=NO_END),
     "id-0-not-scored": dict(scored=lambda ids, mask: mask & (ids != 0)),
@@ -391,8 +388,7 @@ BROKEN = {
     "kl-as-label-log-ratio": label_kl(lambda q, s: q - s),
     "kl-k3": label_kl(lambda q, s: np.exp(q - s) - 1 - (q - s)),
     "kl-k3-forward": label_kl(lambda q, s: np.exp(s - q) - 1 - (s - q)),
-    "kl-mean-over-tokens": dict(kl_total=mean),
-    "mean-per-sequence": dict(total=mean),
+    "kl-mean-over-tokens": dict(kl_total=mean), "mean-per-sequence": dict(total=mean),
     "divided-by-pairs": dict(per_pair=lambda gradient: gradient / len(gradient)),
     "dpop-hinge-per-token": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r - k * relu(-p.by_token).sum(1)))),
     "reward-includes-kl": dict(implicit=lambda rho, logp, K, penalty, beta: beta * (rho + K)),
@@ -408,16 +404,15 @@ BROKEN = {
     "2d-maximum-of-the-batch": dict(scale=lambda scores, top, present, every: scores / every.max(0)),
     "2d-min-max-per-response": dict(scale=min_max),
     "log-of-softmax": with_log_softmax(lambda x: np.log(softmax(x))),
-    "softmax-overflow": with_log_softmax(
-        lambda x: np.log(np.exp(x) / np.exp(x).sum(-1, keepdims=True))),
-    "log-softmax-floor": with_log_softmax(lambda x: log_softmax(np.maximum(x, x.max(-1, keepdims=True) - 64))),
+    "softmax-overflow": with_log_softmax(lambda x: np.log(np.exp(x) / np.exp(x).sum(-1, keepdims=True))),
+    "log-softmax-floor": with_log_softmax(lambda x: log_softmax(np.maximum(x, x.max(-1, keepdims=True)
+        - 64))),
     "kl-clipped": dict(kl=lambda z_ref, z, y: clipped_kl(softmax(z_ref).clip(1e-7), softmax(z).clip(1e-7))),
-    "kl-zero-times-infinity": dict(kl=lambda z_ref, z, y: (
-        softmax(z_ref) * (log_softmax(z_ref) - log_softmax(z))).sum(-1)),
-    "kl-top-10": dict(kl=top_10),
-    "base-2-log": dict(logp=lambda z, ids: pick(log_softmax(z), ids) / LN2,
-                       kl=lambda z_ref, z, ids: kl_of(log_softmax)(z_ref, z, ids) / LN2),
-    "logits-not-normalised": dict(logp=pick), "margin-ranking": dict(logp=pick),
+    "kl-zero-times-infinity": dict(kl=lambda z_ref, z, y: (softmax(z_ref) * (log_softmax(z_ref)
+        - log_softmax(z))).sum(-1)), "kl-top-10": dict(kl=top_10),
+    "base-2-log": dict(logp=lambda z, ids: pick(log_softmax(z), ids) / LN2, kl=lambda z_ref, z,
+        ids: kl_of(log_softmax)(z_ref, z, ids) / LN2), "logits-not-normalised": dict(logp=pick),
+    "margin-ranking": dict(logp=pick),
     "probability-for-logp": dict(logp=lambda z, ids: pick(softmax(z), ids)),
     "kl-reversed": dict(kl=lambda z_ref, z, ids: kl_of(log_softmax)(z, z_ref, ids)),
     "kl-mean-over-vocabulary": dict(kl=lambda z_ref, z, ids: kl_of(log_softmax)(z_ref, z, ids) / z.shape[-1]),
@@ -428,20 +423,17 @@ BROKEN = {
     "reference-responses-swapped": sequence_losses((0, 1, 3, 2)),
     "models-swapped": dict(order=lambda a: [*a[2:4], *a[:2], *a[4:]]),
     "reference-missing": dict(order=lambda a: [*a[:2], 0 * a[2], 0 * a[3], *a[4:]]),
-    "beta-missing": dict(beta=lambda beta: 1),
-    "beta-twice": dict(beta=lambda beta: beta * beta),
+    "beta-missing": dict(beta=lambda beta: 1), "beta-twice": dict(beta=lambda beta: beta * beta),
     "beta-in-front": dict(beta=lambda beta: 1, outside=lambda loss, beta: beta * loss),
     "beta-divides": dict(beta=lambda beta: 1 / beta),
     "policy-gradient-stopped": dict(policy=lambda x, i: sg(x)),
     "chosen-gradient-stopped": dict(policy=lambda x, i: x if i else sg(x)),
     "rejected-gradient-stopped": dict(policy=lambda x, i: sg(x) if i else x),
     "sigmoid-for-log-sigmoid": dict(nls=lambda h: -1 / (1 + np.exp(-h))),
-    "minus-missing": dict(nls=lambda h: -nls(h)),
-    "margin-sign": dict(nls=lambda h: nls(-h)),
+    "minus-missing": dict(nls=lambda h: -nls(h)), "margin-sign": dict(nls=lambda h: nls(-h)),
     "label-smoothing": dict(nls=lambda h: 0.9 * nls(h) + 0.1 * nls(-h)),
     "log-of-sigmoid": dict(nls=lambda h: -np.log(1 / (1 + np.exp(-h)))),
-    "hinge-for-log-sigmoid": dict(nls=lambda h: relu(-h)),
-    "hinge-loss": dict(nls=lambda h: relu(1 - h)),
+    "hinge-for-log-sigmoid": dict(nls=lambda h: relu(-h)), "hinge-loss": dict(nls=lambda h: relu(1 - h)),
     "robust": dict(nls=lambda h: (0.9 * nls(h) - 0.1 * nls(-h)) / 0.8),
     "dpop-hinge-outside-beta": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r) - k * relu(-c))),
     "dpop-hinge-outside-log-sigmoid": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r)) + k * relu(-c)),
@@ -456,9 +448,10 @@ BROKEN = {
     "dpop-hinge-on-the-pair-outside": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r)) + k * relu(-p.win)),
     "dpop-hinge-missing": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r))),
     "dpop-no-hinge": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r + k * c))),
-    "dpop-slope-1-at-zero": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r - k * np.where(c.real <= 0, -c, 0)))),
-    "dpop-slope-half-at-zero": dict(
-        dpop=lambda c, r, b, k, p: nls(b * (c - r - k * np.where(c.real == 0, -c / 2, relu(-c))))),
+    "dpop-slope-1-at-zero": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r - k * np.where(c.real <= 0, -c,
+        0)))),
+    "dpop-slope-half-at-zero": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r - k * np.where(c.real == 0, -c
+        / 2, relu(-c))))),
     "dpop-softplus-for-hinge": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r - k * nls(c)))),
     "dpop-lam-50": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r - 50 * relu(-c)))),
     "dpop-hinge-on-both": dict(dpop=lambda c, r, b, k, p: nls(b * (c - r - k * (relu(-c) + relu(-r))))),
@@ -474,51 +467,48 @@ BROKEN = {
     "tdpo1-with-alpha": dict(tdpo1=lambda u, K_w, K_l, beta: u - 0.5 * beta * (K_l - K_w)),
     "tdpo1-stop-gradient-on-chosen": dict(tdpo1=lambda u, K_w, K_l, beta: u - beta * (K_l - sg(K_w))),
     "tdpo1-stop-gradient-on-both": dict(tdpo1=lambda u, K_w, K_l, beta: u - beta * sg(K_l - K_w)),
-    "tdpo2-stop-gradient-missing": dict(
-        tdpo2=lambda u, K_w, K_l, beta, alpha: u - alpha * beta * (K_l - K_w)),
-    "tdpo2-stop-gradient-wrong-side": dict(
-        tdpo2=lambda u, K_w, K_l, beta, alpha: u - alpha * beta * (sg(K_l) - K_w)),
-    "tdpo2-stop-gradient-on-both": dict(
-        tdpo2=lambda u, K_w, K_l, beta, alpha: u - alpha * beta * sg(K_l - K_w)),
-    "tdpo2-alpha-on-rejected-only": dict(
-        tdpo2=lambda u, K_w, K_l, beta, alpha: u - beta * (alpha * K_l - sg(K_w))),
-    "tdpo2-alpha-on-chosen-only": dict(
-        tdpo2=lambda u, K_w, K_l, beta, alpha: u - beta * (K_l - alpha * sg(K_w))),
+    "tdpo2-stop-gradient-missing": dict(tdpo2=lambda u, K_w, K_l, beta, alpha: u - alpha * beta * (K_l
+        - K_w)),
+    "tdpo2-stop-gradient-wrong-side": dict(tdpo2=lambda u, K_w, K_l, beta, alpha: u - alpha * beta * (sg(K_l)
+        - K_w)),
+    "tdpo2-stop-gradient-on-both": dict(tdpo2=lambda u, K_w, K_l, beta, alpha: u - alpha * beta * sg(K_l
+        - K_w)),
+    "tdpo2-alpha-on-rejected-only": dict(tdpo2=lambda u, K_w, K_l, beta, alpha: u - beta * (alpha * K_l
+        - sg(K_w))),
+    "tdpo2-alpha-on-chosen-only": dict(tdpo2=lambda u, K_w, K_l, beta, alpha: u - beta * (K_l - alpha
+        * sg(K_w))),
     "tdpo2-alpha-missing": dict(tdpo2=lambda u, K_w, K_l, beta, alpha: u - beta * (K_l - sg(K_w))),
-    "tdpo2-alpha-on-everything": dict(
-        tdpo2=lambda u, K_w, K_l, beta, alpha: alpha * (u - beta * (K_l - sg(K_w)))),
-    "2d-weights-one-hot": dict(weigh=lambda scores, W: scores[..., 0]),
+    "tdpo2-alpha-on-everything": dict(tdpo2=lambda u, K_w, K_l, beta, alpha: alpha * (u - beta * (K_l
+        - sg(K_w)))), "2d-weights-one-hot": dict(weigh=lambda scores, W: scores[..., 0]),
     "2d-weights-uniform": dict(weigh=lambda scores, W: scores.mean(-1)),
     "2d-weights-sum": dict(weigh=lambda scores, W: scores.sum(-1)),
     "2d-weights-reversed": dict(weigh=lambda scores, W: scores @ W[::-1]),
     "2d-rewards-missing": dict(read_rewards=lambda r_w, r_l, m_w, m_l: (1 + 0 * r_w, 1 + 0 * r_l)),
     "2d-rewards-swapped": dict(read_rewards=swap_first),
-    "2d-rewards-centred": dict(
-        read_rewards=lambda r_w, r_l, m_w, m_l: (centred(r_w, m_w), centred(r_l, m_l))),
+    "2d-rewards-centred": dict(read_rewards=lambda r_w, r_l, m_w, m_l: (centred(r_w, m_w), centred(r_l,
+        m_l))),
     "2d-rewards-from-minus-1": dict(read_rewards=lambda r_w, r_l, m_w, m_l: (2 * r_w - 1, 2 * r_l - 1)),
     "2d-one-minus-r": dict(weight=lambda r_l: 1 - r_l),
-    "2d-vanilla-reward-sign": dict(
-        vanilla=lambda r_w, c, r_l, r, beta, m_w, m_l: beta * ((r_w * c).sum(1) + (r_l * r).sum(1))),
-    "2d-reward-sign": dict(margin=lambda a, b, beta: beta * (a + b)),
-    "2d-vanilla-mean": dict(vanilla=lambda r_w, c, r_l, r, beta, m_w, m_l: beta * (
-        (r_w * c).sum(1) / m_w.sum(1) - (r_l * r).sum(1) / m_l.sum(1))),
+    "2d-vanilla-reward-sign": dict(vanilla=lambda r_w, c, r_l, r, beta, m_w, m_l: beta * ((r_w * c).sum(1)
+        + (r_l * r).sum(1))), "2d-reward-sign": dict(margin=lambda a, b, beta: beta * (a + b)),
+    "2d-vanilla-mean": dict(vanilla=lambda r_w, c, r_l, r, beta, m_w, m_l: beta * ((r_w * c).sum(1)
+        / m_w.sum(1) - (r_l * r).sum(1) / m_l.sum(1))),
     "2d-one-log-sigmoid": dict(combine=lambda p, h, alone: nls(h.sum())),
     "2d-one-over-n": dict(combine=lambda p, h, alone: nls(h).mean()),
-    "2d-all-pairs": dict(
-        select=lambda r_w, r_l, n: [(i, j) for i in range(len(r_w)) for j in range(len(r_l))]),
-    "2d-top-n-rejected": dict(select=picks(falling, falling)),
+    "2d-all-pairs": dict(select=lambda r_w, r_l, n: [(i, j) for i in range(len(r_w)) for j
+        in range(len(r_l))]), "2d-top-n-rejected": dict(select=picks(falling, falling)),
     "2d-bottom-n-chosen": dict(select=picks(rising, rising)),
     "2d-text-order": dict(select=lambda r_w, r_l, n: [(k, k) for k in range(n)]),
     "2d-ties-reversed": dict(select=picks(lambda r: rising(r)[::-1], lambda r: falling(r)[::-1])),
     "2d-unrounded-ties": dict(select=picks(falling, rising, list)),
     "2d-ties-on-a-grid": dict(select=picks(falling, rising, lambda r: [round(x * 1e5) for x in r])),
     "2d-rewards-rounded": dict(weigh=lambda scores, W: (scores @ W).round(3)),
-    "2d-selected-in-text-order": dict(
-        select=lambda r_w, r_l, n: list(zip(*(sorted(k) for k in zip(*select(r_w, r_l, n), strict=True)), strict=True))),
-    "2d-worst-last": dict(select=lambda r_w, r_l, n: list(zip(
-        falling(grouped(r_w))[:n], rising(grouped(r_l))[:n][::-1], strict=True))),
-    "2d-padding-segments": dict(number=lambda n, smallest, K: K, select=picks(
-        lambda r: falling(r) + list(range(len(r), 9)), lambda r: rising(r) + list(range(len(r), 9)))),
+    "2d-selected-in-text-order": dict(select=lambda r_w, r_l, n: list(zip(*(sorted(k) for k
+        in zip(*select(r_w, r_l, n), strict=True)), strict=True))),
+    "2d-worst-last": dict(select=lambda r_w, r_l, n: list(zip(falling(grouped(r_w))[:n],
+        rising(grouped(r_l))[:n][::-1], strict=True))),
+    "2d-padding-segments": dict(number=lambda n, smallest, K: K, select=picks(lambda r: falling(r)
+        + list(range(len(r), 9)), lambda r: rising(r) + list(range(len(r), 9)))),
     "2d-n-of-batch": dict(number=lambda n, smallest, K: smallest),
     "2d-unselected-leak": dict(combine=lambda p, h, alone: nls(h).sum() + sum(nls(x) for x in alone)),
 }
@@ -593,8 +583,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The files
+# ---- The files ----
 
 
 def test_the_files_are_what_make_writes_now():
@@ -636,8 +625,7 @@ def test_losses_in_float32_stay_within_the_float32_tolerance():
             assert name not in check.golden() or check.equal(name, x, check.golden()[name]), name
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A right port
+# ---- A right port ----
 
 
 def test_a_numpy_port_passes(checked):
@@ -667,8 +655,7 @@ def test_the_port_in_the_readme_passes_and_its_broken_form_prints_what_the_readm
     assert capsys.readouterr().out == textwrap.dedent(shown) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Wrong ports
+# ---- Wrong ports ----
 
 
 def test_every_known_mistake_is_tried_below():

@@ -195,7 +195,8 @@ def test_half_precision_is_computed_in_float32_everywhere():
             args = (x.detach().to(half) if n not in MASKS else x for n, x in random_args(name, 3).items())
             cases.append((functools.partial(losses.LOSSES[name], **HYPER[name]), *args))
         for function, *args in cases:
-            found, wide = function(*args), function(*(x.float() if x.is_floating_point() else x for x in args))
+            wide = function(*(x.float() if x.is_floating_point() else x for x in args))
+            found = function(*args)
             assert found.dtype == torch.float32 and torch.equal(found, wide), (function, half)
 
 
@@ -408,16 +409,6 @@ def test_equal_rewards_keep_the_order_of_the_text():
     assert i_w[paired].tolist() == i_l[paired].tolist() == [k for k in range(40) if k % 3]
 
 
-def test_a_masked_segment_is_never_selected_however_good_or_bad_the_others_are():
-    """Masked rewards of any value lose against unmasked ones of any finite value."""
-    chosen = torch.tensor([[1.0, -1e30, math.inf, math.nan]])
-    rejected = torch.tensor([[0.0, 1e30, -math.inf, math.nan]])
-    mask = yes([0, 1, 0, 0])
-    i_w, i_l, paired = losses.select_segments(chosen, rejected, mask, mask)
-    assert i_w[0, 0] == i_l[0, 0] == 1
-    assert paired.tolist() == [[True, False, False, False]]
-
-
 # Masks
 
 def test_masked_segments_change_neither_value_nor_gradient_whatever_stands_in_them():
@@ -440,16 +431,6 @@ def test_masked_segments_change_neither_value_nor_gradient_whatever_stands_in_th
                 real = padded["chosen_mask" if "chosen" in n else "rejected_mask"]
                 close(long_grad[n][real].reshape(expected.shape), expected, 1e-13)
                 assert (long_grad[n][~real] == 0).all(), (name, n, filling)
-
-
-def test_a_2d_pair_may_have_no_segment():
-    """N = 0: an empty sum, and log 2 in the vanilla form; no gradient."""
-    for name, empty in (("2d-dpo", 0.0), ("2d-dpo-vanilla", LOG2)):
-        args = random_args(name, 47, pairs=1)
-        args |= {n: torch.zeros_like(args[n]) for n in MASKS}
-        loss = call(name, args)
-        close(loss, [empty], 1e-13)
-        assert all((g == 0).all() for g in gradients(loss, args).values())
 
 
 # Extreme values

@@ -16,8 +16,7 @@ SMALL = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd":
 CFG = train.Config(device="cpu", dtype="float64", head_tokens=100)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Helpers, test_pretrained.py's too
+# ---- Helpers, test_pretrained.py's too ----
 
 
 def rng(seed):
@@ -69,8 +68,7 @@ def response_logps(model, batch):
 PAIRS = [make_pair(0, 3, 4, 5), make_pair(1, 1, 7, 1), make_pair(2, 6, 1, 2)]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The trunk and the head
+# ---- The trunk and the head ----
 
 
 @pytest.mark.parametrize("T", [1, 5, 8])
@@ -97,27 +95,6 @@ def test_centered_logits_are_the_logits_less_their_mean(multiple):
     gradients = [torch.autograd.grad((x**2).sum(), [hidden, model.wte.weight]) for x in logps]
     for a, b in zip(*gradients, strict=True):
         close(a, b)
-
-
-def test_every_parameter_has_its_gradient():
-    """Autograd's derivative along a random direction equals the difference quotient, parameter by parameter;
-    for the embedding that is the sum over its two uses, and a key's bias, which softmax cancels, has none."""
-    model, batch = small(), collate(PAIRS)
-
-    def loss():
-        return response_logps(model, batch).mean()
-
-    gradients = torch.autograd.grad(loss(), list(model.parameters()))
-    for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
-        direction = torch.randn(p.shape, generator=rng(0), dtype=p.dtype)
-        with torch.no_grad():
-            p += 1e-5 * direction
-            above = loss()
-            p -= 2e-5 * direction
-            quotient = (above - loss()) / 2e-5
-            p += 1e-5 * direction
-        close((gradient * direction).sum(), quotient, 1e-7)
-        assert (gradient[8:16].abs().max() < 1e-12) if name.endswith("c_attn.bias") else gradient.any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -188,21 +165,7 @@ def test_initial_weights_have_gpt2s_scale():
     assert abs(loss.item() / math.log(500) - 1) < 0.01
 
 
-def test_forward_in_bfloat16_autocast_is_finite_and_close_to_float32():
-    """bfloat16 has 8 bits: hidden states and logits agree to 2 percent of their range."""
-    model, tokens = small(dtype=torch.float32), random_tokens(3, 8)
-    mask = torch.ones(3, 1, 8, 8, dtype=torch.bool).tril()
-    with torch.autocast("cpu", torch.bfloat16):
-        runs = [model(tokens), model(tokens, mask=mask), model(tokens, cache=Cache(2, 8))]
-        logits = model.logits(runs[0])
-    assert logits.dtype == torch.bfloat16 and all(run.dtype == torch.float32 for run in runs)
-    exact = model(tokens)
-    for low, high in [*((run, exact) for run in runs), (logits, model.logits(exact))]:
-        assert low.isfinite().all() and (low - high).abs().max() < 0.02 * high.abs().max()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The shared-prompt row [prompt | chosen | rejected]
+# ---- The shared-prompt row [prompt | chosen | rejected] ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -234,20 +197,7 @@ def test_a_shared_prompt_row_equals_two_separate_sequences_whatever_its_padding(
     assert torch.equal(response_logps(model, batch), before)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A padded table
-
-
-@pytest.mark.parametrize("multiple, rows", [(1, 23), (8, 24), (23, 23), (46, 46), (64, 64)])
-def test_a_table_is_padded_with_zeros_to_a_multiple_and_the_weights_are_those_of_the_seed(multiple, rows):
-    """The same seed draws the same weights with and without padding."""
-    torch.manual_seed(3)
-    plain = dict(GPT(GPTConfig(**SMALL)).named_parameters())
-    torch.manual_seed(3)
-    padded = GPT(GPTConfig(**SMALL), vocab_multiple=multiple)
-    assert len(padded.wte.weight) == padded.wte.num_embeddings == rows and not padded.wte.weight[23:].any()
-    for name, p in padded.named_parameters():
-        assert torch.equal(p[:len(plain[name])], plain[name]), name
+# ---- A padded table ----
 
 
 def test_padding_rows_never_change_logits_and_are_never_sampled():
@@ -264,8 +214,7 @@ def test_padding_rows_never_change_logits_and_are_never_sampled():
     assert sampled.max() == 22 and sampled.unique().numel() == 23
 
 
-# ---------------------------------------------------------------------------------------------------------
-# generate
+# ---- generate ----
 
 
 def frequencies(probabilities, temperature=1.0, top_k=None, top_p=None, n=10**6):
@@ -346,8 +295,8 @@ def test_within_block_size_each_token_is_computed_once():
 
 
 def test_equally_likely_tokens_count_one_by_one():
-    """top_k keeps as many of equally likely tokens as it says; bfloat16 logits tie often. top_p keeps the fewest
-    that reach p: 0.5 alone reaches 0.5, and 0.5 + 0.25 reach 0.75. These sums are exact."""
+    """top_k keeps as many of equally likely tokens as it says; bfloat16 logits tie often. top_p keeps the
+    fewest that reach p: 0.5 alone reaches 0.5, and 0.5 + 0.25 reach 0.75. These sums are exact."""
     equal, three = [0.1, 0.2, 0.3, 0.2, 0.2], [0.25, 0.5, 0.25]
     assert [int((frequencies(equal, top_k=k, n=1000) > 0).sum()) for k in (1, 2, 3, 5)] == [1, 2, 3, 5]
     for top_p, kept in ((0.25, [1]), (0.5, [1]), (0.51, [0, 1]), (0.75, [0, 1]), (1.0, [0, 1, 2])):
@@ -356,20 +305,9 @@ def test_equally_likely_tokens_count_one_by_one():
         assert frequencies(equal, n=1000, **cold).tolist() == [0, 0, 1000, 0, 0]
 
 
-def test_rows_are_filtered_one_by_one():
-    """Which tokens top_k and top_p keep is a matter of each row."""
-    model, tokens = small(), random_tokens(40, 5)
-    kept = model.logits(model(tokens))[:, -1].topk(2).indices  # (40, 2)
-    assert len(kept.unique()) > 5
-    for seed in range(5):
-        for filters in ({"top_k": 2}, {"top_p": 1e-9}):
-            drawn = model.generate(tokens, 1, generator=rng(seed), **filters)[:, -1:]
-            assert (drawn == kept[:, :filters.get("top_k", 1)]).any(-1).all()
-
-
 def test_a_seed_gives_one_text_on_one_thread_and_on_two():
     """The same seed, the same text; another seed, another; the global random state is not touched."""
-    model, tokens = small(vocab_size=3000), random_tokens(4, 3)
+    model, tokens = small(vocab_size=300), random_tokens(4, 3)
     state, texts = torch.get_rng_state(), []
     try:
         for threads, seed in ((1, 1), (2, 1), (1, 2)):
@@ -382,8 +320,8 @@ def test_a_seed_gives_one_text_on_one_thread_and_on_two():
 
 
 def test_a_row_stops_at_eos_and_leaves_the_batch():
-    """Against the run without eos, for each of the 23 ids: equal up to a row's first eos, then eos, as long as
-    the slowest row needs, and a row that ended is not computed. An eos in the prompt stops nothing."""
+    """Against the run without eos, for each of the 23 ids: equal up to a row's first eos, then eos, as long
+    as the slowest row needs, and a row that ended is not computed. An eos in the prompt stops nothing."""
     model, n, stops, tokens, sizes = small(), 12, set(), random_tokens(3, 2, seed=1), []
     free = model.generate(tokens, n, temperature=0)
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))

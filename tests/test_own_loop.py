@@ -12,7 +12,8 @@ from ports.own_loop import preference_loss
 
 GOLDEN = load_file(make.HERE / "vectors.safetensors")
 KNOBS = json.loads((make.HERE / "vectors.json").read_text())["losses"]
-REGIMES = sorted({name.split("/")[1] for name in GOLDEN if name.endswith("/chosen_logits")})
+REGIMES = sorted(name.split("/")[1] for name in GOLDEN
+                 if name.startswith("float64") and name.endswith("/dpo/grad_chosen_logits"))
 SIDES = ("chosen", "rejected")
 
 

@@ -182,8 +182,7 @@ def test_lines_are_read_whatever_ends_them_and_hidden_files_of_a_folder_are_no_d
     ("a.jsonl.gz", gzip.compress(LINES)[:-20], "ended before the end-of-stream marker"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
     ("a.jsonl", LINES + b"\xff\xfe{}\n", ":4: not UTF-8"),
-    ("a.jsonl", LINES.decode().encode("utf-16"), ":1: not UTF-8"),
-    ("a.jsonl", b"", "0 pairs"),
+    ("a.jsonl", LINES.decode().encode("utf-16"), ":1: not UTF-8"), ("a.jsonl", b"", "0 pairs"),
     *((f"a{ending}", LINES, "convert it: python tools/convert.py {0} --out {1}/a-pairs.jsonl")
       for ending in (".json", ".csv", ".parquet", ".jsonl.xz", ".JSON.gz")),
     ("a.txt", LINES, "convert it: python tools/convert.py {0} --out {1}/a.txt-pairs.jsonl"),

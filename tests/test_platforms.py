@@ -37,12 +37,8 @@ def test_every_program_runs_without_the_modules_of_one_system_in_any_folder_and_
         assert "b" in mode or kwargs.get("encoding") or not caller.startswith(ours), f"{caller}: no encoding"
         return real(file, mode, *args, **kwargs)
     monkeypatch.setattr(builtins, "open", strict_open)
-    real_path = {name: getattr(Path, name) for name in ("read_text", "write_text")}
-    for name in real_path:
-        def strict(path, *args, name=name, **kwargs):
-            assert kwargs["encoding"], path
-            return real_path[name](path, *args, **kwargs)
-        monkeypatch.setattr(Path, name, strict)
+    for name, method in {"read_text": Path.read_text, "write_text": Path.write_text}.items():
+        monkeypatch.setattr(Path, name, lambda *x, encoding, method=method: method(*x, encoding=encoding))
     terminal = io.TextIOWrapper(buffer := io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     flags = ["--out_dir", "mein Lauf ü", "--device", "cpu"]

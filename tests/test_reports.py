@@ -9,52 +9,13 @@ import numpy as np
 import pytest
 import torch
 from test_pairs import pair, texts, write
-from test_train import BYTES, RECORDS, load_records, model_a  # noqa: F401
+from test_train import BYTES, RECORDS, load_records, make, make_records, model_a  # noqa: F401
 
 import data
 import train
 from plumbing import flags
-from plumbing.vocab import EOT
-from tools import convert
 
 WORDS = data.Tokenizer(flags.TOY[2])
-HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-ODD = "a\u2028b\u2029c\x85d\x7fe"  # where str.splitlines cuts, and JSON has no line's end
-FINE = json.dumps(pair()) + "\n"
-
-
-def ranking(scores):
-    return f'{{"prompt": "Q", "responses": ["a", "b"], "scores": [{scores}]}}\n'
-
-
-@pytest.mark.parametrize("report, name, content, expected", [
-    ("jsonlines-53", "u2028.jsonl", json.dumps(pair(chosen=ODD), ensure_ascii=False), ("Q", ODD, "bad")),
-    ("jsonlines-53 in a table", "u2028.csv", f"prompt,chosen,rejected\nQ,{ODD},bad\n", ("Q", ODD, "bad")),
-    ("openai-cookbook-648: encodings", "utf8.jsonl", FINE.replace("good", "“güt”"), ("Q", "“güt”", "bad")),
-    ("trl-1858: cut at the first turn", "hh.jsonl", json.dumps({"chosen": HH + " d", "rejected": HH + " e"}),
-     (HH, " d", " e")),
-    ("DeepSeek-R1-151, LlamaFactory-370", "eot.jsonl", FINE.replace("Q", EOT), (EOT, "good", "bad")),
-    ("trl-6357: a token of id 0", "nul.jsonl", FINE.replace("good", r"\u0000"), ("Q", "\0", "bad")),
-    ("asi-1938", "twice.jsonl", '{"prompt": "", "prompt": ""}', ':1: not JSON (the key "prompt" tw'),
-    ("asi-1938 in a table", "twice.csv", "prompt,chosen,chosen\nQ,a,b\n", 'the column "chosen" twice'),
-    ("Soup-547: NaN wins", "nan.jsonl", ranking("NaN, 1"), '"scores[0]" must be a number'),
-    ("Soup-547 digits", "digits.jsonl", ranking("1" + 5000 * "0" + ", 1"), "not JSON"),
-    ("UTF-16, as PowerShell writes", "utf16.jsonl", FINE.encode("utf-16"), "utf16.jsonl:1: not UTF-8"),
-    ("old Mac line ends", "cr.jsonl", 2 * FINE.replace("\n", "\r"), "cr.jsonl:1: not JSON (Extra data"),
-    ("OpenRLHF-367, marin-2381: train and test", "train.jsonl", FINE, "a folder of 2 data files"),
-], ids=lambda x: x.split()[0] if isinstance(x, str) and x[:1] not in "{[\n" else "")
-def test_files_are_read_as_meant_or_refused_by_name(report, name, content, expected, tmp_path, capsys):
-    file, out = tmp_path / name, tmp_path / "out.txt.jsonl"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if "folder" in str(expected):
-        (tmp_path / "test.jsonl").write_bytes(file.read_bytes())
-        file = tmp_path
-    status = convert.main([str(file), "--out", str(out)])
-    if isinstance(expected, str):
-        error = capsys.readouterr().err
-        assert status == 2 and str(file) in error and expected in error and not out.exists()
-    else:
-        assert texts(data.load([out], BYTES, 256)[0]) == [expected]
 
 
 def test_held_out_pairs_that_are_trained_on_are_counted(tmp_path, capsys):
@@ -89,6 +50,28 @@ def test_a_pair_that_cannot_be_used_is_in_no_mean_and_lengths_are_those_of_the_s
     assert texts(with_them) == texts(without) and len(with_them) == len(RECORDS)
     some = with_them.select([6, 1, 3])
     assert some.lengths.tolist() == [len(with_them[i]) for i in (6, 1, 3)]
+
+
+def test_padding_is_known_by_its_place_and_not_by_an_id(tmp_path):
+    """trl-6357 (a token of the padding's id, end-of-text for one, was taken for padding), trl-6819 (padded
+    rows were scored at other positions): a pair has its numbers alone and beside a longer one."""
+    x = make("dpo", load_records([pair(chosen="\0\0", rejected="\0"), *make_records(2)], tmp_path))
+    one, three = (train.step(x.policy, x.reference, data.collate([x.pairs[i] for i in index]), x.loss, None,
+                             x.cfg) for index in ([0], [0, 1, 2]))
+    assert data.collate([x.pairs[0]]).target.tolist() == [0, 0, BYTES.eot, 0, BYTES.eot]
+    assert all(three[name][:1] == pytest.approx(alone, rel=1e-12) for name, alone in one.items())
+
+
+def test_an_evaluation_is_a_mean_over_pairs_and_a_step_returns_no_graph(tmp_path):
+    """transformers-41898 (the mean of the batches' means, though the last is smaller), prime-rl-909 (a loss
+    that is added up for the log keeps all graphs in memory)."""
+    found = []
+    for n in (1, 3, 7, 100):  # of 7 pairs
+        x = make("tdpo2", load_records(make_records(7), tmp_path), micro_batch_size=n)
+        found.append(train.evaluate(x.policy, x.reference, x.pairs, x.cfg))
+    assert all(values == pytest.approx(found[0], rel=1e-10) for values in found)
+    rows = train.step(x.policy, x.reference, data.collate([x.pairs[0]]), x.loss, 1.0, x.cfg)
+    assert not any(row.requires_grad for row in rows.values())
 
 
 def test_every_epoch_reads_every_pair_once_in_another_order_whatever_else_draws_random_numbers():

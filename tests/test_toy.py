@@ -118,22 +118,14 @@ def test_labels_are_bradley_terrys():
 
 # ---- sums ----
 
-@pytest.mark.parametrize("edits", [1, 2, 6, 18])
-def test_exactly_edits_tokens_differ(edits, encoding):
-    """Chosen and rejected differ in exactly `edits` tokens, all of them digits; a single edit lies early."""
+@pytest.mark.parametrize("edits", [1, 6, 18, "all"])
+def test_sums_differ_in_the_edits_that_were_asked_for(edits, encoding):
+    """Chosen is right, rejected wrong, of equal length; exactly `edits` digits differ, a single one early."""
     for pair in sums.sample_pairs(100, seed=4, edits=edits):
-        chosen, rejected = encoding.encode(pair["chosen"]), encoding.encode(pair["rejected"])
-        differ = [i for i, (w, l) in enumerate(zip(chosen, rejected, strict=True)) if w != l]  # noqa: E741
-        assert len(differ) == edits
-        assert all(chr(chosen[i]).isdigit() and chr(rejected[i]).isdigit() for i in differ)
-        assert edits > 1 or differ[0] < len(chosen) / 2
-
-
-@pytest.mark.parametrize("edits", [1, 4, 18, "all"])
-def test_chosen_is_correct_and_rejected_wrong(edits):
-    """Chosen is the right worked answer and has reward 2, rejected is not and has less; equal lengths."""
-    for pair in sums.sample_pairs(100, seed=6, edits=edits):
-        chosen, rejected = pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]
-        assert sums.correct(chosen) and sums.reward(chosen) == 2
-        assert not sums.correct(rejected) and sums.reward(rejected) < 2
-        assert len(chosen) == len(rejected)
+        texts = [pair["prompt"] + pair[side] for side in ("chosen", "rejected")]
+        assert sums.correct(texts[0]) and not sums.correct(texts[1]) and sums.reward(texts[1]) < 2
+        chosen, rejected = (encoding.encode(pair[side]) for side in ("chosen", "rejected"))
+        differ = [k for k, (w, l) in enumerate(zip(chosen, rejected, strict=True)) if w != l]  # noqa: E741
+        assert all(chr(chosen[k]).isdigit() and chr(rejected[k]).isdigit() for k in differ)
+        assert edits == "all" or len(differ) == edits
+        assert edits != 1 or differ[0] < len(chosen) / 2

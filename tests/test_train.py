@@ -419,19 +419,18 @@ class Dropout(architecture.MLP):
         return torch.nn.functional.dropout(super().forward(x), 0.5, self.training or self.always)
 
 
-def test_an_architecture_with_dropout_starts_at_log_2_and_one_that_is_random_in_eval_is_refused(
+def test_an_architecture_with_dropout_starts_at_log_2_and_one_random_in_eval_is_refused(
         model_a, model_b, tmp_path, monkeypatch, capsys):
-    """From scratch, through SFT, and from a folder. With another reference nothing is compared."""
-    monkeypatch.setattr(architecture, "MLP", Dropout)
-    scratch = {"tokenizer": "bytes", "n_layer": 1, "n_embd": 16, "block_size": 64, "sft_steps": 2}
-    for start in (scratch, {"init": model_a}):
-        *_, lines, evals = run(tmp_path, **start)
+    sizes = {"tokenizer": "bytes", "n_layer": 1, "n_embd": 16, "block_size": 64, "sft_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(architecture, "MLP", Dropout)
+        *_, lines, evals = run(tmp_path, **sizes)
         assert evals[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) == lines[0]["loss"]
         assert capsys.readouterr().out.count("before the first step: loss 0.6931 = log 2, as it must") == 1
-    monkeypatch.setattr(Dropout, "always", True)
-    with pytest.raises(SystemExit, match="policy and reference are equal, .* does the model draw random num"):
-        run(tmp_path, init=model_a)
-    assert "step     1" not in capsys.readouterr().out
+        patch.setattr(Dropout, "always", True)
+        with pytest.raises(SystemExit, match="policy and reference are equal, .* draw random numbers"):
+            run(tmp_path, **sizes, n_head=2)
+        assert "loss 0.6931" not in capsys.readouterr().out
     run(tmp_path, init=model_a, ref=model_b)
     assert "before the first step" not in capsys.readouterr().out
 

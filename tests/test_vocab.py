@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-import torch
 
 from data import DataError, Tokenizer
 from model import GPT, GPTConfig
@@ -69,8 +68,7 @@ def refused(folder):
     return str(e.value)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One vocabulary, many files
+# ---- One vocabulary, many files ----
 
 
 def test_every_kind_of_folder_gives_equal_ids(folders):
@@ -88,7 +86,7 @@ def test_every_kind_of_folder_gives_equal_ids(folders):
 
 # Every kind of character, white space by the hundred, HH's turns
 TEXTS = ["a fine film", "\n\nHuman: Hi\n\nAssistant: it's 12 \u00a0\t ab", " " * 300 + "x", "\u0301\u200d",
-         *(f"{chr(c)}{chr(c)} a{chr(c)}1 {chr(c)}" for c in range(33, 0x32000, 83) if not 0xd800 <= c < 0xe000)]
+         *(f"{chr(c)}{chr(c)} a{chr(c)}1 {chr(c)}" for c in range(33, 0xd000, 37))]
 
 
 @pytest.mark.parametrize("kind", ["toy", "words", "gpt2"])
@@ -138,14 +136,6 @@ def test_any_vocabulary_gives_the_same_ids_however_its_tokens_overlap(tmp_path):
         assert [x.ids for x in theirs.encode_batch(texts)] == ours.encode_batch(texts), words
 
 
-def test_a_rewritten_tiktoken_file_is_noticed(tmp_path):
-    path = tiktoken_file(tmp_path / "v.tiktoken", "ab")
-    before = Tokenizer(path)
-    after = Tokenizer(tiktoken_file(path, "bc"))
-    assert before.encode("abc") == [256, ord("c")] and after.encode("abc") == [ord("a"), 256]
-    assert before.hash != after.hash
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not GPT2.exists(), reason="needs ../shared/data")
 def test_gpt2_has_the_ids_that_everyone_has():
@@ -156,8 +146,7 @@ def test_gpt2_has_the_ids_that_everyone_has():
     assert tokenizer.encode("   \n\n  a<|endoftext|>") == ids
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Text -> ids -> text
+# ---- Text -> ids -> text ----
 
 
 @pytest.mark.parametrize("text", ["<|endoftext|>", "a<|endoftext|>b", "<|endoftext|><|endoftext|>", "\x00",
@@ -167,13 +156,6 @@ def test_any_text_survives_a_round_trip_and_never_becomes_a_special_token(folder
         ids = tokenizer.encode(text)
         assert tokenizer.eot not in ids and tokenizer.decode(ids) == text
     assert BYTES.decode(BYTES.encode("a\ud800b")) == "a\ufffdb"  # a lone surrogate is no crash
-
-
-def test_another_special_token_of_the_vocabulary_is_never_produced(folders):
-    (folders[0] / "vocab.json").write_text(json.dumps(vocabulary() | {"[PAD]": 261, "ba": 262}))
-    tokenizer = Tokenizer(folders[0])
-    assert tokenizer.encode("ba [PAD]") == Tokenizer(folders[1]).encode("ba [PAD]")
-    assert tokenizer.hash == Tokenizer(folders[1]).hash
 
 
 PAD = {"id": 261, "content": "[PAD]", "special": True}
@@ -191,35 +173,6 @@ def test_an_added_special_token_is_no_text(folders, name):
     assert max(ids) < 260 and tokenizer.decode(ids) == "[PAD] x[PAD]"
 
 
-def test_every_id_decodes_and_unknown_ones_to_the_replacement_character(folders):
-    for tokenizer in (BYTES, *map(Tokenizer, folders)):
-        for i in range(-2, tokenizer.vocab_size + 9):
-            assert isinstance(tokenizer.decode([i]), str)
-        assert tokenizer.decode([tokenizer.vocab_size, -1, 10**9]) == "\ufffd" * 3
-        assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
-        assert tokenizer.decode(torch.tensor(tokenizer.encode("é"))) == "é"
-
-
-def test_text_is_split_as_gpt2_splits_it():
-    """Each piece of up to four characters is a token here, so that the ids show the pieces."""
-    published = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    words = [b""]
-    for _ in range(4):
-        words += [word + bytes([c]) for word in words for c in b"as' \n1." if len(word) < 4]
-    ranks = {bytes([b]): b for b in range(256)}
-    for word in dict.fromkeys(words[1:]):
-        ranks.setdefault(word, len(ranks))
-    ours, theirs = (tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-                    for pattern in (vocab.SPLIT, published))
-    rng = random.Random(0)
-    texts = ["a" + space * n + "x" for space in " \n" for n in (99, 100, 101, 102, 199, 200, 201, 202)]
-    for _ in range(5_000):
-        letters = rng.choices("as'1. \n\u00a0\té", [3, 2, 1, 1, 1, 6, 3, 1, 1, 1], k=rng.randrange(14))
-        texts.append("".join(letters))
-    for text in texts:
-        assert ours.encode_ordinary(text) == theirs.encode_ordinary(text), repr(text)
-
-
 @pytest.mark.parametrize("unit", [" ", " \n", "a"])
 def test_a_very_long_run_of_one_character_is_encoded_whatever_follows(unit):
     """The published pattern overflows the regex engine's stack: an error at 500,000 spaces, a panic at
@@ -229,8 +182,7 @@ def test_a_very_long_run_of_one_character_is_encoded_whatever_follows(unit):
         assert len(BYTES.encode(unit * n + end)) == n * len(unit.encode()) + len(end)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What is refused
+# ---- What is refused ----
 
 
 @pytest.mark.parametrize("content, message", [

@@ -158,8 +158,8 @@ class Converter:
         if not isinstance(record, dict):
             raise record if isinstance(record, DataError) else DataError(
                 f"a record must be an object, found {type(record).__name__}")
-        given = {"id": record["id"]} if type(record.get("id")) in (str, int) else {}
-        r, self.unread = self.cleaned(self.renamed(record)), []
+        given = {"id": record["id"]} if type(record.get("id")) in (str, int) and "id" not in self.drop else {}
+        r, self.unread = self.cleaned(self.renamed({k: x for k, x in record.items() if k not in given})), []
         kind = self.kind_of(r)
         known = set(kind.keys.split())
         out, rule = self.pair_of(r, kind, known)
