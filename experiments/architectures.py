@@ -3,7 +3,7 @@
     python experiments/architectures.py [TYPE ...] > experiments/architectures.md
 
 Tiny random models in float64: loss and all gradients of DPO (one micro-batch) and TDPO2 (pair by pair) beside
-two rows a pair, the model's own forward and the formula written out here. TYPE@narrow has windows of 5 tokens.
+two rows a pair, the model's own forward and the formula written out here. TYPE@narrow has windows of 5.
 architectures.json says what a small model of a type is.
 """
 
@@ -151,7 +151,7 @@ def main(names):
                 models, why = (tiny(name), tiny(name, 1)), "a traceback"
                 cells, why = [f"{x:.0e}" if type(x) is float else x for x in compare(*models)], ""
         except Exception as e:
-            why = f"{e}".removeprefix(": ") if isinstance(e, ConfigError) else f"{why}: {type(e).__name__}: {e}"
+            why = f"{e}"[2:] if isinstance(e, ConfigError) else f"{why}: {type(e).__name__}: {e}"
         print(f"| {name} | {' | '.join(cells)} | {' '.join(why.split()):.150} |", flush=True)
 
 

@@ -108,8 +108,8 @@ class Policy(torch.nn.Module):
         return tokens
 
     def save_pretrained(self, folder, eos):
-        """Write the model, each tensor in the dtype that the start has it in: first aside, and into the folder
-        where it says, opened again, what memory says. RunError where it does not."""
+        """Write the model, each tensor in its dtype in the start: first aside, into the folder where it
+        says, opened again, what memory says. RunError where it does not."""
         for model in self.peft:
             model.merge_and_unload()
         tensors = setup.tensors_of(self.model)
@@ -123,8 +123,8 @@ class Policy(torch.nn.Module):
             off = (setup.plain_logps(again, rows) - setup.plain_logps(self.model, rows)).abs().max()
             assert off <= 1e-3, f"log-probabilities differ by {off.item():.1e} nats"
         except Exception as e:  # transformers raises what it likes
-            raise RunError("the result, opened again, is not the trained model, whose weights are in the last "
-                           f"checkpoint ({setup.one_line(e)})") from None
+            raise RunError("the result, opened again, is not the trained model, whose weights are in the "
+                           f"last checkpoint ({setup.one_line(e)})") from None
         for file in aside.iterdir():
             file.replace(Path(folder, file.name))
         aside.rmdir()

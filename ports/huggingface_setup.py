@@ -45,7 +45,7 @@ class Tokenizer(data.Tokenizer):
         self.token_bytes = dict(enumerate(found))
 
     def around_answer(self):
-        """(the space before an answer in the chat template, the id that closes it, not always end-of-text)."""
+        """(the space before an answer in a chat, the id that closes it: not always end-of-text)."""
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "termwise"}]
         prompt = self.own.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         before, _, after = self.own.apply_chat_template(turns, tokenize=False).rpartition("termwise")

@@ -1,7 +1,7 @@
-"""ports/huggingface.py gives the loss and the gradients of plain rows, whatever the architecture, or refuses it.
+"""ports/huggingface.py gives the loss and the gradients of plain rows of any architecture, or refuses it.
 
-"Plain" is written out in experiments/architectures.py: one forward of the model's own for each response, a sum,
-the equation. The tiny random models are made there too.
+"Plain" is written out in experiments/architectures.py: one forward of the model's own for each response, a
+sum, the equation. The tiny random models are made there too.
 """
 
 import json
@@ -56,13 +56,6 @@ def test_what_is_not_exact_is_refused(name, says):
 def test_a_start_whose_long_rows_differ_is_exact_where_no_row_is_long():
     with architectures.float64_throughout():
         assert "one row" in checked(Policy(architectures.tiny("phi3@longrope")), [(9, 8, 3), (2, 4, 9)])
-
-
-def test_a_trunk_that_gives_other_hidden_states_is_refused():
-    policy = Policy(architectures.tiny("llama"))
-    policy.trunk = lambda tokens, **given: torch.zeros(*tokens.shape, 32).double()
-    with pytest.raises(ConfigError, match="no part of it gives the hidden states"):
-        checked(policy)
 
 
 def test_the_pairs_that_are_checked_are_the_ends_of_every_length_and_one_at_each_limit():
@@ -124,8 +117,9 @@ def log_of(path):
 
 
 def run(main, init, data, out, *more, steps=2):
-    main([str(x) for x in ("--init", init, "--data", data, "--val_data", data, "--out_dir", out, "--steps", steps,
-                           "--batch_size", 6, "--block_size", 64, "--log_every", 1, "--eval_every", 0, *more)])
+    main([str(x) for x in (
+        "--init", init, "--data", data, "--val_data", data, "--out_dir", out, "--steps", steps, "--batch_size",
+        6, "--block_size", 64, "--log_every", 1, "--eval_every", 0, *more)])
 
 
 def refused(capsys, *argv):
@@ -162,7 +156,7 @@ def test_a_compiled_run_has_the_numbers_of_an_eager_one(folder, eight, tmp_path)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["bart", "ernie4_5_moe"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(start, eight, tmp_path, name):
-    """Byte by byte, though a part of bart, and a tensor of each router of ernie4_5_moe, never get a gradient."""
+    """Byte by byte, though a part of bart and a tensor of each router of ernie4_5_moe get no gradient."""
     for out, steps, extra in (("whole", 3, []), ("parts", 1, []), ("parts", 3, ["--resume"])):
         run(huggingface.main, start(name), eight, tmp_path / out, "--lr", 1e-2, *extra, steps=steps)
     first, second = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "parts"))
@@ -183,8 +177,8 @@ def test_the_result_opens_with_its_tokenizer_and_stops_where_its_answers_were_cl
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_tensor_is_saved_in_the_dtype_of_the_start(start, eight, tmp_path):
-    """Those that a bfloat16 start keeps in float32 too: without training (an --lr that moves nothing) all of it
-    is as it was. Checkpoints are in float32."""
+    """Those that a bfloat16 start keeps in float32 too: without training (by an --lr that moves nothing)
+    all is as it was. Checkpoints are in float32."""
     name = start("glm4_moe")
     own = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
     own.save_pretrained(tmp_path / "start")
@@ -200,7 +194,7 @@ def test_each_tensor_is_saved_in_the_dtype_of_the_start(start, eight, tmp_path):
 
 
 def test_a_result_that_does_not_say_what_memory_says_is_not_put_there(folder, eight, tmp_path, monkeypatch):
-    """Whatever goes wrong while it is written: the run ends in one line, and its checkpoint holds the weights."""
+    """Whatever goes wrong while it is written: the run ends in one line, its checkpoint has the weights."""
     save = transformers.GPT2LMHeadModel.save_pretrained
 
     def spoiled(self, aside, **more):
@@ -230,25 +224,25 @@ def test_a_start_that_could_not_be_saved_or_read_is_refused_before_training(fold
     assert not (tmp_path / "out").exists()
 
 
-def test_another_reference_has_the_policy_s_tokenizer_and_rows_of_its_own(folder, start, eight, tmp_path, capsys):
+def test_another_reference_has_our_tokenizer_and_rows_of_its_own(folder, start, eight, tmp_path, capsys):
     """A reference with a sliding window beside a policy without: two rows a pair for it alone."""
     run(huggingface.main, start("gpt2"), eight, tmp_path / "out", "--ref", start("mistral@narrow"))
     said = capsys.readouterr().out
-    assert f"{start('gpt2')}: one row a pair" in said and f"{start('mistral@narrow')}: two rows a pair" in said
+    assert f"{start('gpt2')}: one row" in said and f"{start('mistral@narrow')}: two rows a pair" in said
     other = transformers.AutoTokenizer.from_pretrained(folder)
     other.add_tokens(["new"])
     other.save_pretrained(tmp_path / "ref")
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "ref")
-    assert "another vocabulary" in refused(capsys, "--init", folder, "--ref", tmp_path / "ref", "--data", eight,
-                                          "--out_dir", tmp_path / "out2")
+    assert "another vocabulary" in refused(capsys, "--init", folder, "--ref", tmp_path / "ref",
+                                           "--data", eight, "--out_dir", tmp_path / "out2")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_lora_trains_adapters_only_and_its_reference_is_without_them(start, eight, tmp_path, capsys):
     pytest.importorskip("peft", reason="needs peft: pip install peft")
     out = tmp_path / "out"
-    run(huggingface.main, start("mixtral"), eight, out, "--loss", "tdpo1", "--lr", 1e-2, "--lora", 4, "--dtype",
-        "float64", steps=4)
+    run(huggingface.main, start("mixtral"), eight, out, "--loss", "tdpo1", "--lr", 1e-2, "--lora", 4,
+        "--dtype", "float64", steps=4)
     first, *_, last = [r for r in log_of(out) if "eval/loss" in r]
     assert first["eval/loss"] == pytest.approx(np.log(2), abs=1e-12)
     assert last["eval/loss"] < first["eval/loss"] - 0.001
@@ -258,16 +252,17 @@ def test_lora_trains_adapters_only_and_its_reference_is_without_them(start, eigh
     assert changed and all("attn" in name or "expert" in name or "gate" in name for name in changed)
     said = capsys.readouterr().out
     assert "of rank 4 on 8 linear layers and 6 tensors of fused experts: " in said
-    trained = sum(x.numel() for key, x in load_file(next(out.glob("checkpoints/*"))).items() if "model." in key[:6])
+    [checkpoint] = out.glob("checkpoints/*")
+    trained = sum(x.numel() for key, x in load_file(checkpoint).items() if key.startswith("model."))
     assert f"{trained:,} of " in said and f" {trained:,} parameters" in said  # also in the headline
     huggingface.main(["--resume", "--out_dir", str(out), "--steps", "5"])  # it knows that it has adapters
     assert log_of(out)[-1]["step"] == 5
-    assert "--init: other model" in refused(capsys, "--resume", "--out_dir", out, "--init", start("llama"), "--ref",
-                                              start("llama"), "--steps", 10)
-    assert "does not run on a row" in refused(capsys, "--init", start("xglm"), "--dtype", "float64", "--data", eight,
-                                              "--out_dir", tmp_path / "xglm")
-    assert "says peft" in refused(capsys, "--init", start("mamba"), "--lora", 4, "--data", eight, "--out_dir",
-                                  tmp_path / "mamba")
+    other = start("llama")
+    again = "--resume", "--out_dir", out, "--init", other, "--ref", other
+    assert "--init: other model" in refused(capsys, *again)
+    common = "--data", eight, "--out_dir", tmp_path / "out2"
+    assert "does not run on a row" in refused(capsys, "--init", start("xglm"), "--dtype", "float64", *common)
+    assert "says peft" in refused(capsys, "--init", start("mamba"), "--lora", 4, *common)
 
 
 # ---- Tokens ----
@@ -285,8 +280,8 @@ def test_messages_are_rendered_by_the_model_s_own_chat_template(chat):
     """One message is one message, whatever it says; an answer is closed by what ends a turn."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?\n\nHuman: So?"}]
     ids, plain = chat.encode_prompts([messages, "\n\nHuman: plain"])
-    assert chat.decode(ids) == "<|start|>system\nBe brief.<|stop|>\n<|start|>user\nWhy?\n\nHuman: So?<|stop|>\n" \
-                               "<|start|>assistant\n"
+    assert chat.decode(ids) == ("<|start|>system\nBe brief.<|stop|>\n<|start|>user\nWhy?\n\nHuman: So?<|stop|>"
+                                "\n<|start|>assistant\n")
     stop = chat.own.convert_tokens_to_ids("<|stop|>")
     assert chat.eot == stop and ids.count(stop) == 2 and chat.lead == "" and chat.rendered == 1
     assert chat.decode(plain) == "\n\nHuman: plain"
@@ -306,16 +301,17 @@ def test_without_a_chat_template_messages_are_turns_and_a_line_says_which(folder
     run(huggingface.main, folder, eight, tmp_path / "text")
     assert "rendered" not in capsys.readouterr().out
     path = tmp_path / "messages.jsonl"
-    path.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": f"{i}?"}], "chosen": "a", "rejected": "b"})
-                            + "\n" for i in range(3)))
+    user = [[{"role": "user", "content": text}] for text in ("Why?", "How?", "When?")]
+    records = [{"prompt": messages, "chosen": "a", "rejected": "b"} for messages in user]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     run(huggingface.main, folder, path, tmp_path / "messages")
     assert "6 prompts of messages are rendered by Human/Assistant turns" in capsys.readouterr().out
     tokenizer = huggingface_setup.Tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
-    [ids] = tokenizer.encode_prompts([[{"role": "user", "content": "Why?"}]])
+    [ids] = tokenizer.encode_prompts(user[:1])
     assert tokenizer.decode(ids) == "\n\nHuman: Why?\n\nAssistant:" and tokenizer.lead == " "
     Tokenizer("bytes").save(tmp_path)  # with that form as its chat template
     own = huggingface_setup.Tokenizer(transformers.AutoTokenizer.from_pretrained(tmp_path))
-    assert own.own.chat_template and own.lead == " " and own.encode_prompts([[{"role": "user", "content": "Why?"}]]) == [ids]
+    assert own.own.chat_template and own.lead == " " and own.encode_prompts(user[:1]) == [ids]
 
 
 def test_a_tokenizer_of_sentencepiece_s_kind():
@@ -347,7 +343,7 @@ def test_segments_are_found_by_the_bytes_of_the_model_s_tokens(folder):
 # ---- Answers, numbers, flags ----
 
 
-def test_a_run_ends_with_two_answers_and_a_command_that_samples_it(folder, eight, tmp_path, capsys, monkeypatch):
+def test_a_run_ends_with_answers_and_a_command_that_samples_it(folder, eight, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "answer", lambda model, tokenizer, prompt, seed: tokenizer.decode(
         model.generate(torch.tensor([prompt]), 3, temperature=0.7, eos=tokenizer.eot,
                        generator=torch.Generator().manual_seed(seed))[0, len(prompt):]).encode().hex())
@@ -374,21 +370,24 @@ def test_logits_are_float32_in_a_bfloat16_run():
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_have_the_numbers_of_one_process(start, eight, tmp_path, monkeypatch):
     """Loss, log-ratios and gradient norm of each step to 1e-10, and one whole result."""
-    kinds = [("llama", []), ("gpt2", []), ("gemma2", ["--loss", "tdpo2"]), ("mixtral", []), ("qwen2", ["--lora", 4])]
+    kinds = [("llama", []), ("gpt2", []), ("gemma2", ["--loss", "tdpo2"]), ("mixtral", []),
+             ("qwen2", ["--lora", 4])]
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # norms are float32 in any model
     monkeypatch.setattr(ranks, "stop", lambda: None)  # one group for all runs
 
     def train_all(place):
         for i, (name, more) in enumerate(kinds):
-            run(huggingface.main, start(name), eight, tmp_path / place / str(i), "--micro_batch_size", 2, "--lr", 1e-3,
-                "--dtype", "float64", *more)
+            run(huggingface.main, start(name), eight, tmp_path / place / str(i), "--micro_batch_size", 2,
+                "--lr", 1e-3, "--dtype", "float64", *more)
 
     train_all("one")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, str(value))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(port))
     children = []
     for rank in range(2):
         if not (child := os.fork()):
@@ -408,13 +407,6 @@ def test_two_ranks_have_the_numbers_of_one_process(start, eight, tmp_path, monke
         one, two = (load_file(tmp_path / place / str(i) / "model.safetensors") for place in ("one", "two"))
         assert one.keys() == two.keys()
         assert all((one[key] - two[key]).abs().max() < 1e-9 for key in one), kind
-
-
-def test_help_shows_the_flags_of_the_port_and_of_train_py(capsys):
-    with pytest.raises(SystemExit) as status:
-        huggingface.main(["--help"])
-    said = capsys.readouterr().out
-    assert status.value.code == 0 and "--lora RANK" in said and "--beta" in said
 
 
 @pytest.mark.parametrize("argv, says", [
