@@ -222,14 +222,15 @@ def for_machine(cfg, vocab_size):
     if cuda and why_not and cfg.compile is None:
         report.say(f"torch.compile is off: no {why_not} on this machine")
     pays = large and not why_not and kind in ("cpu", "cuda") and ranks.world() == 1
-    if (cfg.dtype or ("bfloat16" if cuda else "")) == "bfloat16" and "lam" in cfg.settings:  # measured, on a CPU
-        report.say("bfloat16 decides DPOP's hinge wrongly for 38-47 % of pairs at step 3; no harm to accuracy was "
-                   "seen; --dtype float32 is exact (experiments/bfloat16.py)")
     values = {"dtype": "bfloat16" if cuda else "float32", "compile": pays and cuda,
               "compile_head": pays if cfg.compile is None else cfg.compile,
               "micro_batch_tokens": 32768 if cuda else 2048,
               "head_tokens": max(1, (2**28 if cuda else 2**24) // vocab_size)}
-    return replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
+    cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
+    if cfg.dtype == "bfloat16" and "lam" in cfg.settings:  # experiments/bfloat16.py, measured on a CPU
+        report.say("bfloat16 decides DPOP's hinge wrongly for 38-47 % of pairs at step 3; no harm to accuracy "
+                   "was seen; --dtype float32 is exact")
+    return cfg
 
 
 def sft_before(cfg):
