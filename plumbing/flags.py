@@ -228,8 +228,8 @@ def for_machine(cfg, vocab_size):
               "head_tokens": max(1, (2**28 if cuda else 2**24) // vocab_size)}
     cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
     if cfg.dtype == "bfloat16" and "lam" in cfg.settings:  # experiments/bfloat16.py, measured on a CPU
-        report.say("bfloat16 decides DPOP's hinge wrongly for 38-47 % of pairs at step 3; no harm to accuracy "
-                   "was seen; --dtype float32 is exact")
+        report.say("bfloat16 decides DPOP's hinge wrongly for 38-47 % of pairs at step 3; no harm "
+                   "to accuracy was seen; --dtype float32 is exact")
     return cfg
 
 
