@@ -118,8 +118,8 @@ def log_of(path):
 
 def run(main, init, data, out, *more, steps=2):
     main([str(x) for x in (
-        "--init", init, "--data", data, "--val_data", data, "--out_dir", out, "--steps", steps, "--batch_size",
-        6, "--block_size", 64, "--log_every", 1, "--eval_every", 0, *more)])
+        "--init", init, "--data", data, "--val_data", data, "--out_dir", out, "--steps", steps,
+        "--batch_size", 6, "--block_size", 64, "--log_every", 1, "--eval_every", 0, *more)])
 
 
 def refused(capsys, *argv):
@@ -265,9 +265,6 @@ def test_lora_trains_adapters_only_and_its_reference_is_without_them(start, eigh
     assert "says peft" in refused(capsys, "--init", start("mamba"), "--lora", 4, *common)
 
 
-# ---- Tokens ----
-
-
 @pytest.fixture
 def chat(folder):
     own = transformers.AutoTokenizer.from_pretrained(folder)
@@ -280,8 +277,8 @@ def test_messages_are_rendered_by_the_model_s_own_chat_template(chat):
     """One message is one message, whatever it says; an answer is closed by what ends a turn."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?\n\nHuman: So?"}]
     ids, plain = chat.encode_prompts([messages, "\n\nHuman: plain"])
-    assert chat.decode(ids) == ("<|start|>system\nBe brief.<|stop|>\n<|start|>user\nWhy?\n\nHuman: So?<|stop|>"
-                                "\n<|start|>assistant\n")
+    assert chat.decode(ids) == ("<|start|>system\nBe brief.<|stop|>\n<|start|>user\nWhy?\n\nHuman: So?"
+                                "<|stop|>\n<|start|>assistant\n")
     stop = chat.own.convert_tokens_to_ids("<|stop|>")
     assert chat.eot == stop and ids.count(stop) == 2 and chat.lead == "" and chat.rendered == 1
     assert chat.decode(plain) == "\n\nHuman: plain"
@@ -384,10 +381,9 @@ def test_two_ranks_have_the_numbers_of_one_process(start, eight, tmp_path, monke
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "2")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"),
+                        ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
     children = []
     for rank in range(2):
         if not (child := os.fork()):
