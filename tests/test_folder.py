@@ -271,7 +271,7 @@ def test_without_a_checkpoint_that_can_be_read_a_run_does_not_begin_again_in_sil
         same_result(go(overwrite=True), templates / "full")
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=SLOW)])
 def test_whoever_reads_a_run_that_went_on_gets_its_newest_weights_and_never_those_of_the_earlier_end(
         killed, templates, here, capsys):
     """It was finished, resumed, and interrupted before it saved or after: open_model, --init and --ref."""
@@ -310,7 +310,8 @@ def test_a_file_is_whole_and_on_the_disk_before_it_has_its_name(tmp_path, monkey
 # ---- Signals ----
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [
+    pytest.param(signal.SIGINT, 130, marks=SLOW), (signal.SIGTERM, 143)])
 def test_a_signal_saves_before_it_evaluates_and_says_how_to_go_on(
         number, status, templates, here, monkeypatch, capsys):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -413,7 +414,6 @@ def test_a_write_that_fails_is_one_line_with_status_1_and_what_was_saved_leads_t
     (lambda logps, loss: logps.register_hook(lambda g: g * math.inf) and loss, False)])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_update(
         harm, one_pair, templates, here, monkeypatch):
-    """One line names the step and the pair's line, or all lines, where only the gradient is bad."""
     real, calls = LOSSES["dpo"], []
 
     @functools.wraps(real)
@@ -439,7 +439,7 @@ def test_weights_that_are_not_finite_after_the_last_update_are_not_saved(here):
     assert not list(Path("run").glob("checkpoints/*")) and not Path("run/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=SLOW)])
 def test_the_reference_runs_once_for_each_pair_and_never_again(dtype, here):
     """Bit for bit, also among other pairs later, and for another process. What was written in part is made
     again, and nothing else. A stand-in of weight 0, another rank's pair, is not written down."""

@@ -14,6 +14,7 @@ import train
 from tools import plot
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font lacks letters of some scripts
 def test_every_program_runs_without_the_modules_of_one_system_in_any_folder_and_on_an_ascii_terminal(
         tmp_path, monkeypatch):

@@ -259,7 +259,6 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", ["dpo", "tdpo2", "2d-dpo"])
 def test_no_tensor_is_larger_than_the_logits_of_one_chunk(loss, pairs):
-    """Nor for TDPO's KL over the full vocabulary, nor for the reference, nor at an evaluation."""
     V = 5000
     x = make(loss, pairs, models=[small(seed, vocab_size=V, n_embd=8) for seed in (0, 1)],
              dtype="float32", head_tokens=1)
@@ -296,7 +295,7 @@ KL = {"kl/ref_policy_chosen", "kl/ref_policy_rejected"}
 
 
 @pytest.mark.parametrize("loss", [
-    loss if loss in ("sft", "tdpo2", "2d-dpo") else pytest.param(loss, marks=SLOW) for loss in LOSSES])
+    loss if loss in ("sft", "tdpo2") else pytest.param(loss, marks=SLOW) for loss in LOSSES])
 def test_a_run_has_the_gradient_and_logs_the_numbers_of_the_plain_implementation(
         loss, model_a, model_b, tmp_path):
     """Data, remembered reference, knobs, aspect weights and the one division of a step: the mean over its
@@ -452,7 +451,8 @@ def kl_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, 
     return (gamma * chosen_seq_kl - chosen_rewards * (chosen_logps - ref_chosen_logps)).sum(-1)
 
 
-@pytest.mark.parametrize("loss, beta", [(simpo_loss, {"beta": 2.0}), (ipo_loss, {}), (kl_loss, {})])
+@pytest.mark.parametrize("loss, beta", [(simpo_loss, {"beta": 2.0}), *(pytest.param(x, {}, marks=SLOW)
+                                                                    for x in (ipo_loss, kl_loss))])
 def test_a_new_loss_trains_logs_and_has_its_flags_by_its_function_and_its_line_alone(
         loss, beta, model_a, tmp_path, monkeypatch, capsys):
     """Its signature decides reference, remembered numbers, KL and segments; a knob without default must be
