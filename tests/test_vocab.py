@@ -115,12 +115,12 @@ def test_transformers_gives_the_ids_that_we_give(kind, tmp_path):
     assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == chat
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == ours.encode(chat)
-    if hasattr(ours, "render"):
-        assert ours.render(messages) == chat
-    written = (tmp_path / "tokenizer.json").read_bytes()
-    vocab.write(tmp_path, dict(reversed(ours.ranks.items())), ours.eot)
-    assert (tmp_path / "tokenizer.json").read_bytes() == written
+    assert ours.render(messages) == chat
     assert Tokenizer(tmp_path).hash == ours.hash
+    if kind != "gpt2":
+        written = (tmp_path / "tokenizer.json").read_bytes()
+        vocab.write(tmp_path, dict(reversed(ours.ranks.items())), ours.eot)
+        assert (tmp_path / "tokenizer.json").read_bytes() == written
 
 
 def test_any_vocabulary_gives_the_same_ids_however_its_tokens_overlap(tmp_path):
