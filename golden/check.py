@@ -387,7 +387,7 @@ def subject(names, verb="equal"):
 def sentences(port, explanations, off):
     """Lines about wrong results with the same explanations, or with none."""
     if not explanations:
-        return [f"your {subject(off)} no known mistake's, nor (three losses at most are tried) two of them at once"]
+        return [f"your {subject(off)} no known mistake's, nor (of three losses at most) two of them at once"]
     lines = []
     for i, (made, slope) in enumerate(explanations):
         says = ", and ".join(m.says for m in made)

@@ -2,7 +2,7 @@
 
     loss = loss_of("tdpo2", sums(chosen, z_w, ref_z_w), sums(rejected, z_l, ref_z_l), beta=0.1, alpha=0.5)
 
-tests/test_jax.py writes every golden result with it, gradients included; golden/check.py accepts them all.
+tests/test_ports.py writes every golden result with it, gradients included; golden/check.py accepts them all.
 All functions are pure: jit, grad and vmap work. B pairs, T columns, V vocabulary, S segments, A aspects; _w
 is chosen, _l rejected. A pair is two right-padded rows, prompt + response; column t of the logits predicts
 token t + 1. rho = log pi(y|x) - log pi_ref(y|x), in nats, a sum over the response (B,) or a segment (B, S).

@@ -2,7 +2,7 @@
 disks; and the reference's remembered numbers, which lie there.
 
 Runs take a fraction of a second: 16 channels, bytes as tokens, 17 pairs and one held out, 6 steps of 6 pairs.
-Kills at every write are in kill.py.
+Writes that fail are tried one by one.
 """
 
 import errno

@@ -6,7 +6,9 @@ tests/fixtures/gpt2 is a random GPT-2 with logits and a greedy continuation that
 
 import json
 import shutil
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -369,25 +371,36 @@ BOTH = ["config.json", "model.safetensors"]
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """In place of the network: (the cache's folder, {file: other content served}, addresses asked for)."""
+    """A server on localhost: (the cache's folder, {file: other content}, paths asked for). It announces
+    the whole length, so that other content is a connection that was cut."""
     served, asked = {}, []
 
-    def fetch(url, path):
-        asked.append(url)
-        file = url.rpartition("/")[2]
-        Path(path).write_bytes(served.get(file, (FIXTURE / file).read_bytes()))
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            file = self.path.rpartition("/")[2]
+            whole = (FIXTURE / file).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(served.get(file, whole))
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_ENDPOINT", "https://mirror/")
-    return tmp_path / "termwise" / "gpt2", served, asked
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        yield tmp_path / "termwise" / "gpt2", served, asked
+        server.shutdown()
 
 
 def test_a_name_is_downloaded_once(hub, capsys):
     """Two files, from HF_ENDPOINT into HF_HOME/termwise; said on stderr; then the network is left alone."""
     cache, _, asked = hub
     assert is_fixture(GPT.from_pretrained("gpt2")) and files(cache) == BOTH
-    assert asked == [f"https://mirror/openai-community/gpt2/resolve/main/{file}" for file in BOTH]
+    assert asked == [f"/openai-community/gpt2/resolve/main/{file}" for file in BOTH]
     assert str(cache) in capsys.readouterr().err
     assert is_fixture(GPT.from_pretrained("gpt2")) and len(asked) == 2 and capsys.readouterr().err == ""
 
