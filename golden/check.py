@@ -335,7 +335,8 @@ class Port:
             apart.append(([] if slow else self.singles(regimes[regime]), regimes[regime]))
         if len(apart) > 1 and all(found for found, _ in apart):
             return apart
-        found, probe = self.pairs(off), self.probe(off)
+        probe = self.probe(off) if self.searches else {}
+        found = self.pairs(off)
         if probe and not found:
             found = self.constants(off, [(m,) for m in self.candidates(probe)])
         return [(found, off)] if found or len(apart) == 1 else apart
@@ -387,7 +388,7 @@ def subject(names, verb="equal"):
 def sentences(port, explanations, off):
     """Lines about wrong results with the same explanations, or with none."""
     if not explanations:
-        return [f"your {subject(off)} no known mistake's, nor (of three losses at most) two of them at once"]
+        return [f"your {subject(off)} no known mistake's, nor (in three losses at most) two at once"]
     lines = []
     for i, (made, slope) in enumerate(explanations):
         says = ", and ".join(m.says for m in made)
