@@ -5,7 +5,6 @@ Files are tested in test_pairs.py, vocabularies in test_vocab.py.
 
 import base64
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,13 +176,6 @@ def test_chunks_are_whole_pairs_in_order_with_at_most_that_many_tokens_or_one_pa
     assert chunks(10**9) == [((0, 5), (0, 24))]
 
 
-def test_moving_a_batch_keeps_everything():
-    batch = replace(collate(TWO_PAIRS), weight=0.0)
-    moved = batch.to("cpu")
-    assert all(torch.equal(x, getattr(moved, name)) if isinstance(x, torch.Tensor)
-               else x == getattr(moved, name) for name, x in vars(batch).items())
-
-
 # ---------------------------------------------------------------------------------------------------------
 # pair_terms: sums by hand. Token n has log-probability 2^n: every sum says which tokens are in it
 
@@ -330,22 +322,6 @@ def test_pairs_that_cannot_be_used_are_returned_by_reason_in_their_place():
 
 # ---------------------------------------------------------------------------------------------------------
 # Pairs
-
-
-def test_flat_storage_returns_every_pair_as_it_was():
-    """What goes into Pairs comes out again: ids, segments (empty ones too) and scores."""
-    some = [encode([("a", 1, 2), ("", 3, 4), ("bc", 5, 6)], [("x", 7, 8)]),
-            make_pair([1], [2, 0], [3, 0], chosen_scores=[[1, 2], [3, 4]], rejected_scores=[[5, 6]]),
-            encode([("é", 1, 1)], [("x", 0, 0), ("yz", 9, 9)], prompt="longer")]
-    some = [replace(p, where=f"d.jsonl:{i}", number=i) for i, p in enumerate(some)]
-    packed = data.pack(some)
-    assert packed.lengths.tolist() == [len(p) for p in some] and packed.n_aspects == 2
-    assert packed.select(np.array([2, 0])).where == ["d.jsonl:2", "d.jsonl:0"]
-    for selected in (packed, packed.select(np.array([1, 2, 0])).select(np.array([2, 0, 1]))):
-        for before, after in zip(some, selected, strict=True):
-            for name, value in vars(before).items():
-                assert np.array_equal(value, getattr(after, name)), name
-    assert collate([packed[2], packed[0]]).pair.tolist() == [2, 0]
 
 
 def test_a_data_set_with_one_unscored_pair_counts_as_unscored():

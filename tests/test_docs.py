@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 import losses
 from golden import check, pipeline
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "index.html"
 NAMES = [name for name in losses.LOSSES if name != "sft"]

@@ -101,6 +101,7 @@ def test_the_first_record_and_run_json_hold_what_repeats_the_run_and_the_last_fi
     assert out.count("\nprompt     ") == out.count("\nreference ") == out.count("\npolicy    ") == 2
 
 
+@pytest.mark.slow
 def test_a_run_gets_a_folder_of_its_own_which_is_said_and_each_start_one_folder_beside_it(
         tmp_path, monkeypatch, capsys):
     """out/dpo, out/dpo-2, ...; out/sft serves dpo and dpop; another seed, number of steps or file makes

@@ -29,6 +29,8 @@ from losses import LOSSES
 from plumbing import files, folder
 from plumbing.reference import Memory, Reference
 
+pytestmark = pytest.mark.slow
+
 TIMING = {"pairs_per_s", "tokens_per_s", "peak_memory"}
 PLAIN = {"loss": "dpo", "data": "d.jsonl", "init": "a", "device": "cpu", "steps": 6, "batch_size": 6,
          "micro_batch_size": 4, "lr": 1e-3, "log_every": 1, "eval_every": 2, "save_every": 1}

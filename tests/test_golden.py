@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from golden import check, make, mistakes, pipeline
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = load_file(make.HERE / "vectors.safetensors")
 LOGITS = [r for r in make.REGIMES if r not in ("gpt", "second-step")]
 

@@ -137,6 +137,7 @@ def test_correctness_of_micro_batches_chunks_and_one_rank_of_nccl(large, monkeyp
     check_one_rank(large, "cuda", monkeypatch)
 
 
+@pytest.mark.slow
 def test_what_the_gpu_tests_do_runs_on_a_cpu(tmp_path, monkeypatch):
     """Tiny: 2D-DPO twice, chunks, micro-batches, one rank of gloo; and a wrong gradient is found."""
     folder = make_start(tmp_path, "tiny", 300, "tiny")

@@ -24,6 +24,8 @@ from plumbing.errors import ConfigError, DataError  # noqa: E402
 from ports import huggingface, huggingface_setup  # noqa: E402
 from ports.huggingface import Policy  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ONE = """llama qwen2 qwen3 gpt2 gpt_neox gemma2 gemma3 cohere phi3 mixtral glm4_moe deepseek_v3 gpt_oss
          llama4 opt modernbert-decoder""".split()
 TWO = "gpt_neo bloom mamba bart gemma2@narrow mistral@narrow qwen3_next bamba".split()

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the run a
 import losses
 from golden import check, make, mistakes
 
+pytestmark = pytest.mark.slow
+
 FAILURES = (Exception, pytest.fail.Exception)                    # the latter is no Exception
 
 

@@ -235,6 +235,7 @@ P = torch.tensor([0.07, 0.21, 0.005, 0.13, 0.02, 0.3, 0.001, 0.05, 0.16, 0.054],
 FIVE = torch.where(P >= 0.07, P, 0) / P[P >= 0.07].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling, expected", [
     ({}, P),
     ({"temperature": 0.5}, P**2 / (P**2).sum()),

@@ -10,6 +10,8 @@ import train
 from model import GPT, GPTConfig
 from ports import one_page
 
+pytestmark = pytest.mark.slow
+
 RECORDS = (one_page.TOY / "reviews-train.jsonl").read_text().splitlines()[:8]
 
 

@@ -7,6 +7,8 @@ import pytest
 import train
 from tools import plot
 
+pytestmark = pytest.mark.slow
+
 
 def write_log(folder, steps=(1, 5, 10), loss="dpo"):
     """A log of the form that train.py writes: a header, records of steps, notes, records of evaluations."""

@@ -16,6 +16,8 @@ from model import GPT, GPTConfig
 from plumbing import report
 from plumbing.folder import weights_hash
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path):

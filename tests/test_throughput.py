@@ -18,6 +18,8 @@ from plumbing.reference import Memory, Reference
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import throughput  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 V, N = 97, 5  # ids, pairs
 
 

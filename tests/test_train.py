@@ -351,6 +351,7 @@ def test_lines_come_at_the_steps_asked_for_the_rate_warms_up_and_throughput_coun
         assert line["pairs_per_s"] > 0 and 1e7 < line["peak_memory"] < 1e11
 
 
+@pytest.mark.slow
 def test_adamw_moves_by_the_rate_of_the_step_decays_matrices_only_and_clips(model_a, model_b, tmp_path):
     """The first update is lr * sign(gradient), in a warm-up of 4 steps 1 / 4 of --lr; the moments are 0.1 g
     and 0.001 g^2. The logged norm is that before clipping; 0 never clips."""

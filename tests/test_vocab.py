@@ -89,6 +89,7 @@ TEXTS = ["a fine film", "\n\nHuman: Hi\n\nAssistant: it's 12 \u00a0\t ab", " " *
          *(f"{chr(c)}{chr(c)} a{chr(c)}1 {chr(c)}" for c in range(33, 0xd000, 37))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["toy", "words", "gpt2"])
 def test_transformers_gives_the_ids_that_we_give(kind, tmp_path):
     """The files of a saved model, in its ordinary calls: ids, truncation, padding, end-of-text, the template.
@@ -123,6 +124,7 @@ def test_transformers_gives_the_ids_that_we_give(kind, tmp_path):
         assert (tmp_path / "tokenizer.json").read_bytes() == written
 
 
+@pytest.mark.slow
 def test_any_vocabulary_gives_the_same_ids_however_its_tokens_overlap(tmp_path):
     """Random tokens of two letters: tiktoken joins the neighbours whose union is lowest, leftmost first."""
     tokenizers = pytest.importorskip("tokenizers")
