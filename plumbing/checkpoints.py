@@ -17,10 +17,8 @@ def paths_of(folder):
 
 
 def save(folder, step, model, optimizer, state):
-    """Write the checkpoint of a step and keep the last two. state is any JSON.
-
-    A parameter that never had a gradient has no moments, and none are saved for it.
-    """
+    """Write the checkpoint of a step and keep the last two. state is any JSON. A parameter that never had a
+    gradient has no moments, and none are saved for it."""
     tensors = {}
     for name, p in model.named_parameters():
         for key, value in ({"model": p.detach()} | optimizer.state.get(p, {})).items():

@@ -163,11 +163,9 @@ def check_tokens(flag, name, sizes, tokenizer):
 
 # ---- The whole way ----
 def resolve(Config, argv):
-    """argv -> (Config in which every knob that the run reads has its value, Tokenizer).
-
-    The start's and the reference's config.json are read here, the weights and the data later.
-    Raises ConfigError, DataError or ModelError, in one line, before anything is written.
-    """
+    """argv -> (Config in which every knob that the run reads has its value, Tokenizer). The start's and the
+    reference's config.json are read here, the weights and the data later. Raises ConfigError, DataError or
+    ModelError before anything is written."""
     typed = parse(Config, argv)
     cfg = configure(Config, typed)
     check(cfg, typed)

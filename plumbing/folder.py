@@ -65,7 +65,9 @@ def open_model(name, vocab_multiple=1):
         return GPT.from_pretrained(name, vocab_multiple)
     step, _, tensors = checkpoints.newest(Path(name))
     report.say(f"{name}: this run is not finished; its weights after step {step} are read")
-    model = GPT(pretrained.read_config(Path(name), GPTConfig), vocab_multiple).eval()
+    config = pretrained.read_config(Path(name), GPTConfig)
+    pretrained.check_code(GPT, config, Path(name))
+    model = GPT(config, vocab_multiple).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             rows = model.config.vocab_size if key == "wte.weight" else len(p)  # the others are padding
@@ -75,10 +77,8 @@ def open_model(name, vocab_multiple=1):
 
 # ---- Which run is it? ----
 def identity_of(cfg, pairs, val, tokenizer, policy, reference):
-    """All that determines the numbers of a run but its length: what --resume and a reused SFT compare.
-
-    policy, reference: the models at the start, or None where they follow from the rest.
-    """
+    """All that determines the numbers of a run but its length: what --resume and a reused SFT compare. Policy
+    and reference are those of the start, or None where they follow from the rest."""
     fields = ["prompt", "chosen"]
     if "rejected_logps" in terms_of(LOSSES[cfg.loss]):
         fields += ["rejected", "chosen_segment", "rejected_segment", "chosen_scores", "rejected_scores"]

@@ -42,6 +42,14 @@ def is_equal(code, saved):  # 5e-6 lie between the two GELUs, 6e-8 between a Lay
     return torch.allclose(code, code.new_tensor(saved), rtol=0, atol=1e-8)
 
 
+def check_code(cls, config, folder):
+    """The fingerprint of a class; ModelError where it is not that of the code which saved the folder."""
+    if is_equal(code := fingerprint(cls, config), load_config(folder).get("fingerprint", GPT2)):
+        return code
+    raise ModelError(f"{folder}: model.py computes something else than the code that saved this model; open "
+                     "it with that model.py")
+
+
 def file_views(model, code):
     """The parameters as views in the layout of the files, and True where that is GPT-2's, without
     `transformer.`. Rows that pad the vocabulary are left out. code: the model's fingerprint."""
@@ -109,10 +117,7 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
     config, weights = read_config(folder, config_class), read_weights(folder)
     with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
         model = cls(config, vocab_multiple)
-    code = fingerprint(cls, config)
-    if not is_equal(code, load_config(folder).get("fingerprint", GPT2)):
-        raise ModelError(f"{folder}: model.py computes something else than the code that saved this model; "
-                         "open it with that model.py")
+    code = check_code(cls, config, folder)
     views, is_gpt2 = file_views(model, code)
     if is_gpt2:  # without `transformer.`, a repeated head, and the attention masks of old files
         weights = {name.removeprefix("transformer."): w for name, w in weights.items()}

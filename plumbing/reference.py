@@ -39,11 +39,9 @@ def no_reference(batch, with_kl):
 
 
 class Memory:
-    """One number for each response token of the training pairs, in a memory-mapped file; NaN = not yet.
-
-    The micro-batch that first reads a pair fills its numbers in, so they do not depend on where a run was
-    interrupted. float32, or float64 in a float64 run.
-    """
+    """One number for each response token of the training pairs, in a memory-mapped file; NaN = not yet. The
+    micro-batch that first reads a pair fills its numbers in, so they do not depend on where a run was
+    interrupted. float32, or float64 in a float64 run."""
 
     def __init__(self, folder, pairs, dtype):
         path, kind = folder / "reference-train.npy", np.float64 if dtype == "float64" else np.float32

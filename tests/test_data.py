@@ -17,8 +17,7 @@ BYTES = data.Tokenizer("bytes")
 EOT = 256
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Helpers
+# ---- Helpers ----
 
 
 def make_pair(prompt, chosen, rejected, chosen_segment=None, rejected_segment=None, chosen_scores=None,
@@ -56,8 +55,7 @@ TWO_PAIRS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# collate
+# ---- collate ----
 
 
 def test_a_pair_is_one_row_prompt_chosen_rejected_and_both_responses_continue_the_prompt():
@@ -176,8 +174,7 @@ def test_chunks_are_whole_pairs_in_order_with_at_most_that_many_tokens_or_one_pa
     assert chunks(10**9) == [((0, 5), (0, 24))]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# pair_terms: sums by hand. Token n has log-probability 2^n: every sum says which tokens are in it
+# ---- pair_terms: sums by hand. Token n has log-probability 2^n: every sum says which tokens are in it ----
 
 LOGPS = 2.0 ** torch.arange(10, dtype=torch.float64)  # 1 2 4 | 8 16 || 32 64 | 128 256 512
 
@@ -255,8 +252,7 @@ def test_the_sums_pass_gradients_to_their_tokens():
     assert logps.grad.tolist() == [0, 0, 1, 0, 0, 0, 0, 3, 3, 3]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Texts -> a pair: what is cut and what is not, which segment owns a token
+# ---- Texts -> a pair: what is cut and what is not, which segment owns a token ----
 
 
 def test_a_token_belongs_to_the_segment_of_its_last_byte_and_end_of_text_to_the_last_segment(merging):

@@ -284,6 +284,9 @@ def test_whoever_reads_a_run_that_went_on_gets_its_newest_weights_and_never_thos
             train.main("--resume --out_dir run --steps 6".split())
     assert Path("run/model.safetensors").exists()
     newest = load_file(f"run/checkpoints/step-000000{2 + killed}.safetensors")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="computes something else"):
+        patch.setattr(torch.nn.functional, "gelu", lambda x, approximate: torch.relu(x) ** 2)
+        folder.open_model("run")
     model = folder.open_model("run")
     says = f"run: this run is not finished; its weights after step {2 + killed} are read"
     assert says in capsys.readouterr().out

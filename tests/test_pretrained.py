@@ -186,8 +186,7 @@ class Squared(GPT):
 
 
 def test_what_does_not_compute_gpt2_is_not_called_gpt2(tmp_path, monkeypatch):
-    """Relu squared, the exact GELU, another epsilon: saved as termwise's own, and opened by the same code
-    only; GPT-2's weights are not for it."""
+    """Relu squared, the exact GELU, another epsilon: termwise's own, opened by the same code only."""
     Squared(GPTConfig(**SMALL)).save_pretrained(tmp_path / "squared")
     assert json.loads((tmp_path / "squared" / "config.json").read_text())["model_type"] == "termwise"
     assert Squared.from_pretrained(tmp_path / "squared").config == GPTConfig(**SMALL)
