@@ -21,7 +21,6 @@ import torch
 from losses import segment_rewards, segment_sum
 from plumbing.errors import DataError, UnusablePair
 
-
 # ---- Tokenizer ----
 class Tokenizer:
     """Byte-pair encoding by tiktoken, from one of
@@ -74,7 +73,6 @@ class Tokenizer:
         from plumbing import vocab
         vocab.write(folder, self.ranks, self.eot)
 
-
 # ---- One pair ----
 @dataclass
 class Pair:
@@ -93,14 +91,12 @@ class Pair:
     def __len__(self):
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
-
 def encode_pair(tokenizer, prompt, chosen, rejected, block_size, where=""):
     """As encode_pairs, for one pair. Raises UnusablePair."""
     [pair] = encode_pairs(tokenizer, [(where, prompt, chosen, rejected)], block_size)
     if isinstance(pair, UnusablePair):
         raise pair
     return pair
-
 
 def encode_pairs(tokenizer, texts, block_size):
     """[(where, prompt, chosen, rejected)] -> a Pair for each, or UnusablePair for an empty, identical or too
@@ -113,7 +109,6 @@ def encode_pairs(tokenizer, texts, block_size):
     ids = iter(tokenizer.encode_batch([lead + text for lead, *both in strings for text in both]))
     return [make_pair(tokenizer, prompt, both, [next(ids) for _ in both], sides, block_size, where)
             for prompt, (_, *both), (where, _, *sides) in zip(prompts, strings, texts, strict=True)]
-
 
 def make_pair(tokenizer, prompt, texts, ids, segments, block_size, where):
     """The ids of a prompt; texts, ids and segments of the two responses (of one, for SFT) -> Pair."""
@@ -131,7 +126,6 @@ def make_pair(tokenizer, prompt, texts, ids, segments, block_size, where):
     return Pair(np.array(prompt[-room:], dtype=np.int32), chosen, rejected, chosen_segment, rejected_segment,
                 chosen_scores, rejected_scores, where, cut=max(0, len(prompt) - room))
 
-
 def segments_of(tokenizer, ids, segments):
     """The segment of each response token (N,), and the scores (S, A) of segments [(text, scores or None)].
     A token belongs to the segment that holds its last byte; end-of-text joins the last, a lead the first."""
@@ -143,7 +137,6 @@ def segments_of(tokenizer, ids, segments):
         of_token[:-1] = np.searchsorted(ends + after[-1] - ends[-1], after, side="left")
         of_token[-1] = len(segments) - 1
     return of_token, scores
-
 
 # ---- A data set ----
 @dataclass
@@ -192,13 +185,11 @@ class Pairs:
         return Pairs([replace(p, chosen_scores=r_w, rejected_scores=1 - r_l if badness else r_l)
                       for p, r_w, r_l in sides])
 
-
 def pack(pairs):
     """An iterable of Pair -> Pairs."""
     pairs = Pairs(list(pairs))
     mixed = len({p.chosen_scores.shape[-1] for p in pairs.pairs}) > 1
     return pairs.without_scores() if mixed else pairs
-
 
 def load(paths, tokenizer, block_size, alone=False):
     """Read and tokenise files of pairs -> (Pairs, lines to print). DataError lists what is malformed.
@@ -228,7 +219,6 @@ def load(paths, tokenizer, block_size, alone=False):
         notes.append(f"scores are ignored: {aspects[0]} has none")
     return pairs, notes
 
-
 def hold_out(pairs, fraction=0.1, at_most=256):
     """Split into (training, held-out) pairs by a hash of the prompt: no prompt stands on both sides.
     The same data give the same split, whatever their order. At most `fraction` of the pairs (but one pair at
@@ -247,18 +237,15 @@ def hold_out(pairs, fraction=0.1, at_most=256):
             return pairs.select(np.flatnonzero(~is_held)), pairs.select(np.flatnonzero(is_held))
     raise DataError(f"{pairs.where[0]}: no group of pairs is small enough to hold out; pass --val_data")
 
-
 # ---- Which pairs, in which order ----
 @lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
-
 def step_indices(n, batch_size, seed, step):
     """The pairs of optimizer step 0, 1, ...: a pure function of (seed, step); an epoch is a permutation."""
     epoch, at = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
     return np.concatenate([permutation(n, seed, e)[at[epoch == e]] for e in np.unique(epoch).tolist()])
-
 
 def micro_batches(pairs, index, size=None, tokens=10**9, multiple=1):
     """Cut the pairs of a step into micro-batches, longest first: less padding, the same gradient. Each holds
@@ -271,11 +258,9 @@ def micro_batches(pairs, index, size=None, tokens=10**9, multiple=1):
         index = index[n:]
     return micros
 
-
 # ---- Pairs -> Batch ----
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # branches of a pair
-
 
 @dataclass
 class Batch:
@@ -320,7 +305,6 @@ class Batch:
                 yield slice(first, end), slice(self.starts[first], self.starts[end])
                 first = end
 
-
 def move(x, device):
     """A tensor of the CPU on a device; from pinned memory, so that a copy to a GPU waits for no kernel."""
     if torch.device(device).type == "mps" and x.dtype == torch.float64:  # which mps lacks
@@ -328,7 +312,6 @@ def move(x, device):
     if torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
 
 def predicting_columns(P, C, R):
     """The shift by one: the column whose hidden state predicts each token of both responses, (C + R,).
@@ -339,7 +322,6 @@ def predicting_columns(P, C, R):
     columns = np.arange(P, P + C + R) - 1
     columns[C:C + 1] = P - 1
     return columns
-
 
 def collate(pairs, multiple=1):
     """Pairs -> Batch. Each pair has a row; T is rounded up to a multiple.
@@ -375,7 +357,6 @@ def collate(pairs, multiple=1):
     return Batch(*grids, source, *flat, torch.from_numpy(scores), torch.from_numpy(segment_mask), length,
                  torch.tensor(numbers), numbers, starts=[0, *length.sum(-1).cumsum(0).tolist()],
                  branched=bool(length[:, 1].any()))
-
 
 # ---- Batch -> the arguments of a loss ----
 def pair_terms(batch, pairs, aspect_weights=(), **tokens):

@@ -33,7 +33,6 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-
 # ---- From logits to log-probabilities ----
 def at_least_float32(function):
     """Decorator: half precision becomes float32 on the way in; float32 and float64 stay as they are."""
@@ -45,12 +44,10 @@ def at_least_float32(function):
         return function(*map(widen, args), **{name: widen(x) for name, x in kwargs.items()})
     return widened
 
-
 def alike(*tensors):
     """A ValueError unless they have one shape: (B, 1) beside (B,) would become (B, B) in silence."""
     if any(x.shape != tensors[0].shape for x in tensors):
         raise ValueError(f"one shape is needed, not {', '.join(str(tuple(x.shape)) for x in tensors)}")
-
 
 @at_least_float32
 def token_logps(logits, targets):
@@ -63,7 +60,6 @@ def token_logps(logits, targets):
     # Minus the cross-entropy, which gathers from log_softmax without a second (N, V) matrix in the backward.
     return -F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none",
                             ignore_index=torch.iinfo(torch.int64).min).view_as(targets)
-
 
 @at_least_float32
 def token_kl(ref_logits, logits):
@@ -81,7 +77,6 @@ def token_kl(ref_logits, logits):
     q = log_q.exp()                                                 # (N, V)
     return (q * torch.where(q > 0, log_q - log_s, 0.0)).sum(-1)     # (N,); 0 (-inf) is 0 here, not NaN
 
-
 def segment_sum(values, segment, num):
     """The sum of the values in each segment. A response is a segment too: one helper for both sums.
 
@@ -91,7 +86,6 @@ def segment_sum(values, segment, num):
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
     return values.new_zeros(num, dtype=dtype).index_add(0, segment, values.to(dtype))  # (num,)
 
-
 # ---- The losses. TERMS, at the end, lists their arguments ----
 @at_least_float32
 def sft_loss(chosen_logps):
@@ -100,7 +94,6 @@ def sft_loss(chosen_logps):
     Args: chosen_logps (B,). Returns (B,), nats (train.py divides the sum by the number of response tokens).
     """
     return -chosen_logps
-
 
 @at_least_float32
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
@@ -114,7 +107,6 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     chosen_logratio = chosen_logps - ref_chosen_logps               # Eq. 7: log pi(y_w|x) / pi_ref(y_w|x)
     rejected_logratio = rejected_logps - ref_rejected_logps         # Eq. 7: log pi(y_l|x) / pi_ref(y_l|x)
     return -F.logsigmoid(beta * chosen_logratio - beta * rejected_logratio)  # Eq. 7
-
 
 @at_least_float32
 def dpop_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.3, lam=50.0):
@@ -131,7 +123,6 @@ def dpop_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     penalty = F.relu(ref_chosen_logps - chosen_logps)               # Eq. 3: max(0, log pi_ref/pi of y_w)
     penalty = lam * penalty if lam else 0.0                         # lam 0 is DPO, infinite penalty or not
     return -F.logsigmoid(beta * (chosen_logratio - rejected_logratio - penalty))  # Eq. 3
-
 
 @at_least_float32
 def tdpo1_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -153,7 +144,6 @@ def tdpo1_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     delta = beta * rejected_seq_kl - beta * chosen_seq_kl           # Eq. 14: delta
     return -F.logsigmoid(u - delta)                                 # Eq. 15: P(y_w > y_l) = sigma(u - delta)
 
-
 @at_least_float32
 def tdpo2_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
                chosen_seq_kl, rejected_seq_kl, *, beta=0.1, alpha=0.5):
@@ -172,7 +162,6 @@ def tdpo2_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     delta_2 = beta * rejected_seq_kl - (beta * chosen_seq_kl).detach()  # Eq. 18: delta_2, detach is sg
     return -F.logsigmoid(u - alpha * delta_2)                       # Eq. 17
 
-
 @at_least_float32
 def segment_rewards(scores, aspect_weights):
     """r_k = W r~_k, the weighted aspect scores of each segment, 2D-DPO, Li et al. 2024 (arXiv:2410.19720).
@@ -180,7 +169,6 @@ def segment_rewards(scores, aspect_weights):
     Args: scores r~ (B, S, A), each aspect in [0, 1]; aspect_weights W (A,), summing to 1. Returns (B, S).
     """
     return (scores * aspect_weights).sum(-1)                        # (B, S)  r_k = W r~_k
-
 
 @at_least_float32
 def dpo2d_vanilla_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -200,7 +188,6 @@ def dpo2d_vanilla_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejec
     return -F.logsigmoid(beta * (r_w * chosen_logratio).sum(-1)     # vanilla: sum_k r_{w,k} logratio_{w,k}
                          - beta * (r_l * rejected_logratio).sum(-1))  # vanilla: sum_k r_{l,k} logratio_{l,k}
 
-
 def ascending(values, mask):
     """Segments from the lowest value to the highest, masked ones last: their indices, (B, S), for (B, S).
 
@@ -209,7 +196,6 @@ def ascending(values, mask):
     in_order, place = torch.where(mask, values, torch.inf).sort(dim=-1)  # (B, S)
     rank = (in_order.diff(dim=-1, prepend=in_order[..., :1]) > 1e-5).cumsum(-1)  # (B, S) + 1 at large gaps
     return torch.zeros_like(rank).scatter(-1, place, rank).argsort(dim=-1, stable=True)
-
 
 @at_least_float32
 def select_segments(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask):
@@ -223,7 +209,6 @@ def select_segments(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask
     n = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))   # (B,)
     k = torch.arange(min(best.shape[-1], worst.shape[-1]), device=n.device)  # (K,)
     return best[..., :len(k)], worst[..., :len(k)], k < n.unsqueeze(-1)
-
 
 @at_least_float32
 def dpo2d_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -242,7 +227,6 @@ def dpo2d_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     r_l = torch.where(paired, rejected_rewards.gather(-1, i_l), 0.0)  # (B, K)
     loss = -F.logsigmoid(beta * r_w * chosen_logratio - beta * r_l * rejected_logratio)  # (B, K)  Eq. 6
     return torch.where(paired, loss, 0.0).sum(-1)                   # Eq. 6: sum over k < N, no 1/N
-
 
 # ---- The lists. A loss of your own is a function and a line of LOSSES; its signature says what it needs ----
 
@@ -265,11 +249,9 @@ TERMS = {  # all that data.pair_terms can give; log-probabilities and KLs are su
     "chosen_length": "tokens of y_w, end-of-text included, (B,)", "rejected_length": "tokens of y_l",
 }
 
-
 def terms_of(loss):
     """The names of the tensors that a loss takes, from TERMS. No ref_* among them: it has no reference."""
     return [name for name, p in inspect.signature(loss).parameters.items() if p.kind is not p.KEYWORD_ONLY]
-
 
 def knobs_of(loss):
     """The names of a loss's hyper-parameters, its keyword-only arguments, with their defaults or None."""

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from plumbing import pretrained
 from plumbing.errors import ModelError
 
-
 @dataclass
 class GPTConfig:
     vocab_size: int = 50257  # token ids, end-of-text included
@@ -33,7 +32,6 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
 
-
 class Cache:
     """The keys and values of up to `positions` tokens, layer by layer, each (B, H, positions, D)."""
     def __init__(self, n_layer, positions):
@@ -48,7 +46,6 @@ class Cache:
                 kept[layer] = new.new_empty(*new.shape[:2], self.positions, new.shape[-1])
             kept[layer][..., self.length:end, :] = new
         return self.keys[layer][..., :end, :], self.values[layer][..., :end, :]
-
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
@@ -66,7 +63,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -75,7 +71,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -88,7 +83,6 @@ class Block(nn.Module):
     def forward(self, x, mask, cache):
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
-
 
 class GPT(nn.Module):
     """The decoder. vocab_multiple rounds the embedding table up (a multiple of 64 is faster): the extra
@@ -182,7 +176,6 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors. eos is the end-of-text id at which other programs stop."""
         pretrained.write(self, folder, eos)
 
-
 def sample_token(logits, temperature, top_k, top_p, generator):
     """One token a row: logits (B, V) -> (B,). top_p looks at the distribution that top_k leaves."""
     if temperature < 1e-6:  # 0, or so small that logits / temperature would overflow
@@ -200,7 +193,6 @@ def sample_token(logits, temperature, top_k, top_p, generator):
             break
         at = torch.where(beyond, draw(before, generator), at)
     return ids.gather(-1, at).squeeze(-1)
-
 
 def draw(weights, generator):
     """An index a row, (B, 1), in proportion to weights (B, V), by one uniform number on their running sum."""

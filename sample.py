@@ -23,7 +23,6 @@ from plumbing.flags import check_tokens, read_sizes
 from plumbing.folder import open_model, read_run, weights_hash
 from plumbing.report import fail, one_line_errors, sampling
 
-
 def token_rewards(policy, reference, prompt, response, beta):
     """beta log pi(y_t|x,y_<t) / pi_ref(y_t|x,y_<t) of each response token: ids (P,), (N,) -> N numbers, whose
     sum is the response's implicit reward, beta log pi(y|x)/pi_ref(y|x)."""
@@ -33,7 +32,6 @@ def token_rewards(policy, reference, prompt, response, beta):
     cfg = Config(device=str(device), dtype="float32", head_tokens=len(response))
     logps, ref_logps = (response_logps(model, batch.to(device), cfg) for model in (policy, reference))  # (N,)
     return (beta * (logps - ref_logps)).tolist()
-
 
 def heat(tokenizer, ids, rewards, color):
     """The tokens of a response, each with its reward as background colour or as a number."""
@@ -48,7 +46,6 @@ def heat(tokenizer, ids, rewards, color):
         else:
             parts.append(f"{text}[{reward:+.3f}]")
     return "".join(parts).strip("\n")
-
 
 def parse_flags(argv):
     """The flags, checked."""
@@ -79,7 +76,6 @@ def parse_flags(argv):
             raise ConfigError(f"--{flag} {getattr(args, flag)}: {needs}")
     return args
 
-
 def load(args):
     """(policy, reference or None, tokenizer, beta): a run has a reference, other models only one of --ref."""
     folder, named = Path(args.model), args.model in pretrained.NAMES
@@ -106,7 +102,6 @@ def load(args):
     if not args.ref and run["identity"].get("ref") not in (None, weights_hash(hashed)):
         raise ConfigError(f"{ref}: is no longer the reference of this run; name the right one with --ref")
     return policy, reference.float().to(args.device), tokenizer, beta
-
 
 def sample(args):
     """Print what the flags ask for."""
@@ -145,7 +140,6 @@ def sample(args):
                 print(f"beta log pi/pi_ref, token by token, beta {beta:g}; sum {sum(rewards):+.3f}")
                 print(heat(tokenizer, response.tolist(), rewards, color) + "\n")
 
-
 def generate(model, tokenizer, prompts, args):
     """A sampled answer to each prompt, ids (N,), end-of-text included where the model wrote it."""
     tokens = pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True, padding_value=-1)
@@ -156,11 +150,9 @@ def generate(model, tokenizer, prompts, args):
     rows = [row[len(p):len(p) + args.max_new_tokens] for row, p in zip(tokens, prompts, strict=True)]
     return [row[:np.append(row == tokenizer.eot, True).argmax() + 1] for row in rows]
 
-
 def main(argv=None):
     with one_line_errors("sample.py"):
         sample(parse_flags(argv))
-
 
 if __name__ == "__main__":
     main()

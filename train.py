@@ -22,11 +22,9 @@ from model import GPT, GPTConfig
 from plumbing import flags, folder, ranks, report
 from plumbing.reference import Memory, Reference, no_reference
 
-
 def knob(value, text, at_least=None, choices=None):
     """A field of Config: its default, its help, its least value, its choices."""
     return field(default=value, metadata={"help": text, "at_least": at_least, "choices": choices})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -76,13 +74,11 @@ class Config:
     compile_head: bool | None = knob(None, "and the head; default: as --compile, or over 10 000 ids")
     head_tokens: int | None = knob(None, "response tokens in a chunk; default 2^24 logits, cuda 2^28", 1)
 
-
 # ---- One micro-batch ----
 def precision(cfg):
     """bfloat16 is autocast over float32 weights; float32 and float64 are the weights' own."""
     bfloat16 = cfg.dtype == "bfloat16"
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16) if bfloat16 else nullcontext()
-
 
 def hidden_states(model, batch, cfg):
     """The trunk: the hidden state that predicts each response token of a batch, (N, C)."""
@@ -90,7 +86,6 @@ def hidden_states(model, batch, cfg):
         hidden = model(batch.tokens, batch.positions, batch.mask())  # (B, T, C)
     row, column = batch.source
     return hidden[row, column]
-
 
 def head(policy, hidden, target, ref_logps=None, ref_hidden=None, reference=None):
     """Hidden states (N, C) of response tokens -> {"logps": log pi, and of the reference what is known}, (N,).
@@ -108,12 +103,10 @@ def head(policy, hidden, target, ref_logps=None, ref_hidden=None, reference=None
         ref_logps = token_logps(ref_logits, target)
     return {"logps": logps, "ref_logps": ref_logps, "kl": token_kl(ref_logits, logits)}
 
-
 def run_head(cfg, *args, **ref):
     """`head`, compiled or not, in the run's precision."""
     with precision(cfg):
         return (machine.compiled(head) if cfg.compile_head else head)(*args, **ref)
-
 
 @torch.no_grad()
 def response_logps(model, batch, cfg):
@@ -122,11 +115,9 @@ def response_logps(model, batch, cfg):
     return torch.cat([run_head(cfg, model, hidden[n], batch.target[n])["logps"]
                       for _, n in batch.chunks(cfg.head_tokens)])
 
-
 def call(loss, terms, cfg):
     """The loss of some pairs, (B,). Its signature says which terms and which hyper-parameters it takes."""
     return loss(**{name: terms[name] for name in terms_of(loss)}, **cfg.settings)
-
 
 def step(policy, reference, batch, loss, scale, cfg):
     """One micro-batch: add the gradient of scale * (sum of its losses) to the policy's.
@@ -158,7 +149,6 @@ def step(policy, reference, batch, loss, scale, cfg):
         hidden.backward(grad)                                           # once through the trunk
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | {"pair": batch.pair}
 
-
 # ---- Many micro-batches ----
 def batches(pairs, index, cfg):
     """The micro-batches of some pairs, on the device. Under torchrun: this rank's share of them."""
@@ -170,11 +160,9 @@ def batches(pairs, index, cfg):
         batch.weight = weight
         yield batch.to(cfg.device)
 
-
 def joined(rows, n):
     """What `step` returned for each micro-batch -> {name: (n,)} over all of them, and over all ranks."""
     return ranks.gather({name: torch.cat([row[name] for row in rows]) for name in rows[0]}, n)
-
 
 def metrics(t, cfg):
     """{name: number}, means over the pairs of a step or an evaluation; plumbing/README.md explains each."""
@@ -198,7 +186,6 @@ def metrics(t, cfg):
         m["segments/paired"] = torch.minimum(t["chosen_mask"], t["rejected_mask"])  # N of 2D-DPO's Eq. 6
     return dict(zip(m, torch.stack([x.mean() for x in m.values()]).tolist(), strict=True))
 
-
 @torch.no_grad()
 def evaluate(policy, reference, pairs, cfg):
     """The metrics over held-out pairs; the reference runs live, for the KL."""
@@ -207,19 +194,16 @@ def evaluate(policy, reference, pairs, cfg):
     ranks.reshard(policy)
     return metrics(joined(rows, len(pairs)), cfg)
 
-
 # ---- The loop ----
 def count(pairs, index, loss):
     """What the sum of the losses of a step is divided by: its pairs, or the response tokens of SFT."""
     return len(index) if "rejected_logps" in terms_of(loss) else int(pairs.rows["C"][index].sum())
-
 
 def make_optimizer(policy, cfg):
     matrices = [p for p in policy.parameters() if p.dim() == 2]
     others = [p for p in policy.parameters() if p.dim() != 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
                               {"params": others, "weight_decay": 0.0}], lr=cfg.lr, fused=True)
-
 
 def train(policy, reference, pairs, val, cfg, run):
     """Train the policy from where `run` stands to cfg.steps, or to a signal.
@@ -255,7 +239,6 @@ def train(policy, reference, pairs, val, cfg, run):
         run.save(i, policy, optimizer)  # before the evaluation: after a signal every second counts
         run.evaluate(i, evaluate, policy, reference, val, cfg)
 
-
 # ---- From flags to a trained policy ----
 def prepared(model, cfg):
     """A model in the run's precision, on its device, compiled where the run is."""
@@ -263,7 +246,6 @@ def prepared(model, cfg):
     if cfg.compile:
         machine.compile_blocks(model)
     return model
-
 
 def make_models(cfg, tokenizer):
     """(policy, the reference's model or None): from folders, or a new policy from the seed."""
@@ -281,7 +263,6 @@ def make_models(cfg, tokenizer):
     has_reference = flags.has_reference(LOSSES[cfg.loss])
     return policy, load("ref", cfg.ref or cfg.init).requires_grad_(False) if has_reference else None
 
-
 def as_read(pairs, cfg, maximum):
     """The pairs as the loss reads them: SFT without rejected responses; scores for losses on segments only,
     each aspect divided by its `maximum` over the training data."""
@@ -289,7 +270,6 @@ def as_read(pairs, cfg, maximum):
     if "chosen_rewards" in terms:
         return pairs.normalised(maximum, cfg.rejected_weight == "badness")
     return pairs.without_scores(chosen_only="rejected_logps" not in terms)
-
 
 def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
     """One run, SFT or preferences, from its models to its table. make(cfg, tokenizer) -> (policy, the
@@ -319,7 +299,6 @@ def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
     report.table(len(val), this.before, this.after)
     return policy, model
 
-
 def main(argv=None):
     machine.tune_allocator()
     with report.one_line_errors("train.py"):
@@ -334,7 +313,6 @@ def main(argv=None):
         if models := run(cfg, tokenizer, pairs, val):
             report.answers_and_next(cfg, tokenizer, val, *models)
         ranks.stop()
-
 
 if __name__ == "__main__":
     main()

@@ -72,16 +72,13 @@ another policy than Eq. 4 and lies below it at every KL.""",
 seeds DPO lowers even chosen tokens that nobody edited, DPOP in none.""",
 }
 
-
 def math(latex, display="inline"):
     """MathML of LaTeX; a space after log, which MathML sets without one."""
     mathml = convert(re.sub(r"\\log(?=\\)", r"\\log\\,", latex), display=display)
     return mathml.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
 
-
 def items(entries):
     return "".join(f"<li>{entry}</li>" for entry in entries)
-
 
 def prose(markdown):
     """HTML of a table cell: $LaTeX$, [text](link), `code`; a bare arXiv number becomes a link."""
@@ -96,7 +93,6 @@ def prose(markdown):
         pieces.append(re.sub(r"`([^`]+)`", r"<code>\1</code>", piece))
     return "".join(pieces)
 
-
 def table():
     """The rows of README's table by the name of the loss: (equation, paper)."""
     rows, link = {}, ""
@@ -110,7 +106,6 @@ def table():
         raise SystemExit(f"README.md: its table of losses has {', '.join(rows) or 'no row'}; losses.py has "
                          f"{', '.join(losses.LOSSES)}")
     return rows
-
 
 def statements(function):
     """The statements of a loss after its docstring: [(name it assigns or "return", code, comments), ...]."""
@@ -127,7 +122,6 @@ def statements(function):
         found.append((names[0] if names else "return", statement, comments))
     return found
 
-
 def equation(latex, name, lines):
     """The display equation, in which the part of every statement carries the statement's number."""
     parts = []
@@ -143,7 +137,6 @@ def equation(latex, name, lines):
     mathml = math(latex, "block").replace("<mtext>⟧</mtext>", "</mrow>")
     return re.sub(r"<mtext>⟦(\d+)</mtext>", rf'<mrow class="term" data-t="{name}-\1">', mathml)
 
-
 def code(name, function, lines):
     """The function as a list of buttons: statement, comment, and the place of its value for the pair."""
     knobs = ", ".join(f"{knob}={value:g}" for knob, value in losses.knobs_of(function).items())
@@ -155,7 +148,6 @@ def code(name, function, lines):
                     f'<span class="value"></span><small>{html.escape(comment, quote=False)}</small></button>')
     return "\n".join(rows)
 
-
 def departures(name):
     """The numbered departures of losses.py that are about this loss."""
     family = {"tdpo1": "TDPO", "tdpo2": "TDPO", "2d-dpo-vanilla": "2D-DPO"}.get(name, name.upper())
@@ -165,7 +157,6 @@ def departures(name):
     if name == "2d-dpo-vanilla":
         found = [item for item in found if "selection" not in item]
     return [html.escape(item, quote=False) for item in found] or ["None."]
-
 
 def section(name, row, golden):
     """The part of the page about one loss."""
@@ -199,7 +190,6 @@ def section(name, row, golden):
 <dt>Golden</dt><dd><code>float64/unhealthy/{name}/loss</code> = {values}</dd></dl></details>
 </section>"""
 
-
 def page():
     """The whole of index.html."""
     rows, golden = table(), load_file(ROOT / "golden/vectors.safetensors")
@@ -222,10 +212,8 @@ def page():
     text = re.sub(r"\$([^$\n]+)\$", lambda found: math(found[1]), text)
     return re.sub(r"<!--(\w+)-->", lambda found: parts[found[1]], text)
 
-
 def without_figures(text):
     return re.sub(r"base64,[\w+/=]*", "", text)
-
 
 def main():
     parser = argparse.ArgumentParser(description="Write docs/index.html.")
@@ -236,7 +224,6 @@ def main():
         print(f"{target}: {len(text.encode()) / 1e3:.0f} KB")
     elif not target.exists() or without_figures(target.read_text(encoding="utf-8")) != without_figures(text):
         raise SystemExit("docs/index.html is stale; python docs/make.py writes it")
-
 
 if __name__ == "__main__":
     main()

@@ -38,7 +38,6 @@ LENGTHS = [(20, 18, 2), (3, 25, 25), (12, 1, 7)]  # tokens of prompt, chosen, re
 HOW = json.loads(Path(__file__).with_suffix(".json").read_text())
 V = 300
 
-
 def small(cls, narrow):
     """The arguments of a small config of this class."""
     default, fields, found = cls(), cls().to_dict(), {}
@@ -55,7 +54,6 @@ def small(cls, narrow):
         elif isinstance(value, dict) and isinstance(part := getattr(default, name), PreTrainedConfig):
             found[name] = small(type(part), narrow) | {"model_type": part.model_type}
     return found
-
 
 def tiny(name, seed=0):
     """A random model of a type, in float64. Weights are large enough for every parameter to matter."""
@@ -76,14 +74,12 @@ def tiny(name, seed=0):
         p.data += 0.2 * torch.randn_like(p)
     return model
 
-
 def random_pairs(lengths=LENGTHS):
     rng, pairs, none = np.random.default_rng(0), [], np.zeros((1, 0))
     for sides in lengths:
         ids = [rng.integers(4, V - 9, n).astype(np.int32) for n in sides]
         pairs.append(Pair(*ids, 0 * ids[1], 0 * ids[2], none, none, "here"))
     return pack(pairs)
-
 
 @contextmanager
 def float64_throughout():
@@ -97,11 +93,9 @@ def float64_throughout():
         finally:
             torch.set_default_dtype(default)
 
-
 def config(loss):
     return train.Config(loss=loss, settings=knobs_of(LOSSES[loss]), dtype="float64", device="cpu",
                         compile=False, compile_head=False, head_tokens=60)
-
 
 def plain_loss(model, reference, pair, cfg):
     """The loss of one pair by one row of the models' own logits for each response."""
@@ -115,7 +109,6 @@ def plain_loss(model, reference, pair, cfg):
             F.log_softmax(x, -1).gather(-1, y).sum()[None] for x in (z, z_ref.detach()))
         terms[f"{side}_seq_kl"] = token_kl(z_ref.detach(), z).sum()[None]
     return train.call(LOSSES[cfg.loss], terms, cfg).sum()
-
 
 def compare(model, other, losses=("dpo", "tdpo2")):
     """A model, its reference -> (rows a pair, largest relative difference of losses, of gradients)."""
@@ -139,7 +132,6 @@ def compare(model, other, losses=("dpo", "tdpo2")):
         model.zero_grad(set_to_none=True)
     return "one" if policy.shared else "two", *off
 
-
 def main(names):
     names = names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) + HOW["variants"]
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {date.today()}\n")
@@ -153,7 +145,6 @@ def main(names):
         except Exception as e:
             why = f"{e}"[2:] if isinstance(e, ConfigError) else f"{why}: {type(e).__name__}: {e}"
         print(f"| {name} | {' | '.join(cells)} | {' '.join(why.split()):.150} |", flush=True)
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -6,23 +6,19 @@ from common import COLOURS, checkpoint, figure, save, table, verdict
 NAME, TITLE = "beta", "Claim 6. β and the optimizer"
 RATES = {"AdamW": None, "SGD": 0.05}  # None: the setting's; both clip the gradient's norm at 1
 
-
 def run_of(setting, seed, optimizer, beta):
     rate = {"lr": RATES[optimizer]} if RATES[optimizer] else {}
     return setting.review_run(seed, "dpo", beta, optimizer=optimizer, checkpoints=(0, setting.run.steps),
                               **rate)
 
-
 def runs(setting):
     return [run_of(setting, seed, optimizer, beta) for seed in setting.seeds for optimizer in RATES
             for beta in setting.many_betas]
-
 
 def measure(setting, results):
     return {"betas": setting.many_betas, "kl": {optimizer: [
         [checkpoint(results[run_of(setting, seed, optimizer, beta)])["samples"]["kl"][0]
          for beta in setting.many_betas] for seed in setting.seeds] for optimizer in RATES}}
-
 
 def report(setting, s):
     betas, kl = list(s["betas"]), s["kl"]
@@ -40,7 +36,6 @@ def report(setting, s):
               "momentum; both clip at 1. β that moves furthest under SGD, a seed each: "
               + ", ".join(f"{beta:g}" for beta in most),
               ["optimizer", *(f"β {beta:g}" for beta in betas)], rows)]}
-
 
 def draw(s, path):
     fig, axes = figure(1, 1, width=6.4, height=3.4)

@@ -23,12 +23,10 @@ from plumbing.reference import Reference
 PROBES = (0, 2, 9, 19)  # steps at which the gradient in both dtypes is compared, at the same weights
 OUTCOMES = {"logratio/chosen": 2, "rewards/accuracies": 3, "kl/ref_policy_chosen": 2}  # metric: digits
 
-
 def reference_of(folder, cfg):
     model = GPT.from_pretrained(str(folder)).requires_grad_(False)
     return Reference(model, lambda b: train.hidden_states(model, b, cfg),
                      lambda b: train.response_logps(model, b, cfg))
-
 
 def step(policy, reference, batches, n, cfg):
     """(gradient of a step, rho_w by pair), as cfg computes them."""
@@ -37,7 +35,6 @@ def step(policy, reference, batches, n, cfg):
     terms = train.joined(rows, n)
     rho = terms["chosen_logps"] - terms["ref_chosen_logps"]
     return torch.cat([p.grad.flatten() for p in policy.parameters()]).double(), rho[terms["pair"].argsort()]
-
 
 def run(folder, pairs, val, steps, batch_size, seed, **changes):
     """Train with the losses of `changes` -> {"wrong": share of wrong gates and "error": of the gradient, at
@@ -62,7 +59,6 @@ def run(folder, pairs, val, steps, batch_size, seed, **changes):
         optimizer.step()
     return found | train.evaluate(policy, exact_reference, val, exact)
 
-
 def of_math(path, seed, aside):
     """(folder of an SFT model, training pairs, held-out pairs) of a file of pairs."""
     pairs, val = data.hold_out(data.load((str(path),), data.Tokenizer(str(TOKENIZER)), 512)[0], at_most=64)
@@ -71,7 +67,6 @@ def of_math(path, seed, aside):
                    f"--steps 60 --lr 2e-3 --batch_size 16 --seed {seed} --n_layer 2 --n_embd 64 "
                    "--block_size 512 --eval_every 0 --save_every 0".split())
     return Path(aside, str(seed)), pairs.without_scores(), val.without_scores()
-
 
 def measure(store, math_file, seeds=FULL.seeds, steps=40, math_seeds=(0, 1), math_steps=20):
     worlds = {"reviews": [(reference_folder(replace(FULL.reviews, seed=seed), store),
@@ -93,7 +88,6 @@ def measure(store, math_file, seeds=FULL.seeds, steps=40, math_seeds=(0, 1), mat
                     print(world, name, dtype, flush=True)
     return {"numbers": numbers, "sizes": sizes, "made": {"commit": commit(), "torch": torch.__version__}}
 
-
 def report(s):
     probes, rows = [], []
     for name, runs in s["numbers"].items():
@@ -110,7 +104,6 @@ def report(s):
         table("Held-out pairs at the end, float32 → bfloat16; the difference paired by seed. "
               + "; ".join(f"{world}: {n} steps of {size} pairs" for world, (n, size) in s["sizes"].items()),
               ["", "log-ratio of chosen, nats", "accuracy", "KL of chosen, nats"], rows)]}
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -8,7 +8,6 @@ NAME, TITLE = "choose", "The learning rate"
 SEED = 100  # no claim uses it
 BETAS = {"reviews": 1.0, "sums": 0.3}  # the labels' own, at which Eq. 4 is near the reference; DPOP's
 
-
 def candidates(setting):
     """{(world, rate): run}, none of them sampled."""
     runs = {}
@@ -18,17 +17,14 @@ def candidates(setting):
         runs["reviews", lr], runs["sums", lr] = reviews, replace(sums, checkpoints=dense(sums.steps)[::4])
     return runs
 
-
 def runs(setting):
     return list(candidates(setting).values())
-
 
 def measure(setting, results):
     curves = {f"{world} {lr:g}": [[c["step"] for c in results[run]["checkpoints"]],
                                   [c["held_out"]["loss"] for c in results[run]["checkpoints"]]]
               for (world, lr), run in candidates(setting).items()}
     return {"curves": curves}
-
 
 def report(setting, s):
     losses = {name: y for name, (_, y) in s["curves"].items()}  # "WORLD RATE": losses at the checkpoints
@@ -41,7 +37,6 @@ def report(setting, s):
         f"digit): held-out loss ({setting.reviews.held_out} pairs). " + "; ".join(
             f"{world}: the least loss is at {float(lr):g}, the runs use {used[world]:g}"
             for world, lr in best.items()), ["world", "learning rate", "least loss", "last loss"], rows)]}
-
 
 def draw(s, path):
     fig, axes = figure(1, 2)

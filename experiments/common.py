@@ -37,14 +37,11 @@ BLOCKS = ("verdicts", "made")  # of the README, beside one for each claim
 # 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-
 # Sizes
-
 
 def dense(steps):
     """The start and twelve checkpoints."""
     return tuple(steps * k // 12 for k in range(13))
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -73,7 +70,6 @@ class Setting:
     def sums_runs(self, seed, edits, loss="dpo", **more):
         return replace(self.sums_run, world=replace(self.sums, seed=seed, edits=edits), loss=loss, **more)
 
-
 REVIEWS = World("reviews", pairs=3000, preferred=2000, held_out=100, sft_steps=500, sft_lr=2e-3)
 SUMS = World("sums", pairs=3000, preferred=1000, held_out=100, sft_steps=600, sft_lr=3e-3)
 FULL = Setting("full", (0, 1, 2, 3, 4), REVIEWS, SUMS,
@@ -86,9 +82,7 @@ TINY = replace(FULL, name="tiny", seeds=(0,), reference_samples=32, least_ess=1,
                run=replace(FULL.run, batch_size=4, steps=2, checkpoints=(0, 1, 2), samples=8),
                sums_run=replace(FULL.sums_run, batch_size=4, steps=2, checkpoints=(0, 2)))
 
-
 # Many runs
-
 
 def kept(thing, store):
     """The result of a Run, a World (its reference) or (World, samples), from `store` where it is known."""
@@ -108,11 +102,9 @@ def kept(thing, store):
     part.replace(path)
     return result
 
-
 def world_of(thing):
     """The world whose reference a job needs: the pairs of preferences are not its business."""
     return replace(thing.world if isinstance(thing, Run) else thing[0], edits=1)
-
 
 def perform(things, store, say):
     """{thing: its result}, seed after seed, references first."""
@@ -125,9 +117,7 @@ def perform(things, store, say):
         say(f"seed {seed}: {len(of_seed)} runs, {time.perf_counter() - start:.0f} s")
     return results
 
-
 # Numbers
-
 
 def mean_and_half(values):
     """(mean, half of its 95 % interval over seeds, by Student's t; None for one seed)."""
@@ -135,7 +125,6 @@ def mean_and_half(values):
     if len(values) < 2:
         return float(values.mean()), None
     return float(values.mean()), float(T[len(values) - 2] * values.std(ddof=1) / math.sqrt(len(values)))
-
 
 def cell(values, digits=2, sign=""):
     """One value a seed -> "mean ± half of the 95 % interval"; says how many seeds have a value."""
@@ -145,7 +134,6 @@ def cell(values, digits=2, sign=""):
     mean, half = mean_and_half(known)
     text = f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
     return text + (f" ({len(known)} of {len(values)} seeds)" if len(known) < len(values) else "")
-
 
 def p_value(differences):
     """Two-sided p of Student's t for a mean of 0. With t = sqrt(n - 1) tan x the density is cos^(n - 2) x."""
@@ -157,11 +145,9 @@ def p_value(differences):
     density = np.cos(x) ** (n - 2)
     return float(density[x > math.atan(t / math.sqrt(n - 1))].sum() / density.sum())
 
-
 def differences_of(values, base):
     """Paired by seed, where both seeds have a value."""
     return [a - b for a, b in zip(values, base, strict=True) if a is not None and b is not None]
-
 
 def versus(values, base, digits=2):
     """The paired difference, seed by seed, its 95 % interval and its p."""
@@ -171,13 +157,11 @@ def versus(values, base, digits=2):
     p = p_value(differences)
     return cell(differences, digits, "+") + ("" if p is None else f", p {p:.2g}")
 
-
 def verdict(claim, compared, digits=3):
     """A row of the table of verdicts: what the papers say, and {label: (values, base)} compared by seed."""
     seen = {label: {"text": versus(*pair, digits), "p": p_value(differences_of(*pair))}
             for label, pair in compared.items()}
     return {"claim": claim, "seen": seen}
-
 
 def reaches(xs, ys, x):
     """y where a run first reaches x, linearly between neighbouring checkpoints; None if it never does."""
@@ -187,10 +171,8 @@ def reaches(xs, ys, x):
             return float(ys[i - 1] + share * (ys[i] - ys[i - 1]))
     return None
 
-
 def table(title, columns, rows):
     return {"title": title, "columns": list(columns), "rows": [[str(x) for x in row] for row in rows]}
-
 
 def markdown(summary):
     """The tables of a claim's JSON."""
@@ -201,21 +183,17 @@ def markdown(summary):
         text += ["| " + " | ".join(row) + " |" for row in t["rows"]] + [""]
     return "\n".join(text)
 
-
 def checkpoint(result, step=None):
     """The record of a step, by default the last."""
     records = result["checkpoints"]
     return records[-1] if step is None else next(r for r in records if r["step"] == step)
-
 
 def series(results, pick):
     """(steps, (seeds, checkpoints) of pick(record)) of the runs of several seeds."""
     steps = [record["step"] for record in results[0]["checkpoints"]]
     return steps, np.array([[pick(record) for record in result["checkpoints"]] for result in results])
 
-
 # Figures
-
 
 def band(axis, x, values, label, colour, **more):
     """Mean over seeds (rows of values) as a line, its 95 % interval as a band."""
@@ -225,7 +203,6 @@ def band(axis, x, values, label, colour, **more):
     mean, half = np.array([m for m, _ in stats]), np.array([h or 0.0 for _, h in stats])
     axis.plot(x, mean, label=label, color=colour, **({"linewidth": 1.8} | more))
     axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-
 
 def bars(axis, rows, base=0.0):
     """Rows {label: (values a seed, colour)} as points with their 95 % intervals, top to bottom."""
@@ -238,7 +215,6 @@ def bars(axis, rows, base=0.0):
     axis.locator_params(axis="x", nbins=5)
     axis.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
 
-
 def figure(rows, columns, width=4.4, height=3.4):
     figure_, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
                                  layout="constrained")
@@ -246,7 +222,6 @@ def figure(rows, columns, width=4.4, height=3.4):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
     return figure_, axes
-
 
 def save(figure_, path):
     """A PNG of 256 colours: small enough to be committed."""
@@ -256,16 +231,13 @@ def save(figure_, path):
     image = Image.open(drawn).convert("RGB")
     image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 
-
 # Command line
-
 
 @dataclass
 class Places:
     results: Path
     figures: Path
     readme: Path = field(default=HERE / "README.md")
-
 
 def commit():
     """The commit, with a plus where the scripts differ from it."""
@@ -274,7 +246,6 @@ def commit():
     scripts = ("losses.py", "model.py", "data.py", "train.py", "plumbing", "toy", "experiments/*.py")
     changed = git("status", "--porcelain", "--", *scripts)
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
-
 
 def run_claims(claims, setting, places, store, say=print, command=""):
     """Run what the claims need, once each, and write each claim's JSON and PNG."""
@@ -302,7 +273,6 @@ def run_claims(claims, setting, places, store, say=print, command=""):
     say(f"{total['wall_s']} s, {total['cpu_s']} CPU seconds in {total['runs']} runs and references, "
         f"{total['taken_from_store']} of them from the store")
 
-
 def write(claim, setting, numbers, places):
     """The JSON, with tables and verdicts made of its numbers, and the figure. Returns the tables' text."""
     summary = json.loads(json.dumps(numbers | {"title": claim.TITLE}, default=float))
@@ -312,7 +282,6 @@ def write(claim, setting, numbers, places):
     claim.draw(summary, places.figures / f"{claim.NAME}.png")
     return f"\n{claim.TITLE}\n\n{markdown(summary)}"
 
-
 def report_again(claims, setting, places):
     """Run nothing: tables, verdicts, figures and the README from the numbers in the JSON files."""
     for claim in claims:
@@ -321,7 +290,6 @@ def report_again(claims, setting, places):
     if places.results == HERE / "results":
         text = with_tables(places.readme.read_text(encoding="utf-8"), places.results)
         places.readme.write_text(text, encoding="utf-8")
-
 
 def with_tables(text, results):
     """README's text with every block <!-- tables NAME --> ... <!-- end --> made from results/NAME.json.
@@ -340,7 +308,6 @@ def with_tables(text, results):
         return f"<!-- tables {match[1]} -->\n{new}<!-- end -->"
     return re.sub(r"<!-- tables (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
-
 def verdicts(rows):
     """The table of verdicts, and which of its comparisons survive Bonferroni's correction."""
     shown = [[row["claim"], "; ".join(f"{label}: {x['text']}" for label, x in row["seen"].items())]
@@ -354,12 +321,10 @@ def verdicts(rows):
         f"\n**Of {len(ps)} comparisons {sum(p < 0.05 for _, p in ps)} have p < 0.05; Bonferroni asks for p < "
         f"{level:.2g}, and {sum(p < level for _, p in ps)} survive:** {few}.\n")
 
-
 def made_line(made):
     return (f"Claims 1 to 5 ran by `{made['command']}` at commit {made['commit']} on {made['hardware']}, "
             f"Python {made['python']}, torch {made['torch']}, {made['date']}: setting {made['setting']}, "
             f"seeds: {made['seeds']}, {made['runs']} runs, {made['cpu_s'] / 60:.1f} CPU minutes.\n")
-
 
 def main(claims, argv=None):
     parser = argparse.ArgumentParser(description="The papers' claims in miniature.")

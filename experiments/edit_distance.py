@@ -7,7 +7,6 @@ NAME, TITLE = "edit_distance", "Claim 3. Edit distance and the chosen likelihood
 PARTS = {"before": "before the first edited token", "at": "edited tokens", "after": "after it, unedited",
          "total": "whole answer"}
 
-
 def variants(setting):
     """name -> (loss, its knobs, label, colour). One beta, DPOP's 0.3, for all: only the penalty differs."""
     shades = ("#f5a3a3", COLOURS["dpop"])[-len(setting.lams):]
@@ -15,16 +14,13 @@ def variants(setting):
         f"dpop-{lam:g}": ("dpop", {"lam": lam}, f"DPOP, λ {lam:g}", colour)
         for lam, colour in zip(setting.lams, shades, strict=True)}
 
-
 def run_of(setting, seed, name, edits):
     loss, knobs, _, _ = variants(setting)[name]
     return setting.sums_runs(seed, edits, loss, **knobs)
 
-
 def runs(setting):
     return [run_of(setting, seed, name, edits) for seed in setting.seeds for edits in setting.edits
             for name in variants(setting)]
-
 
 def measure(setting, results):
     curves, start = {}, {}
@@ -42,7 +38,6 @@ def measure(setting, results):
                 "chosen_ratio": [r["held_out"]["logratio/chosen"] for r in last],
                 "rejected_ratio": [r["held_out"]["logratio/rejected"] for r in last]}
     return {"curves": curves, "reference": start}
-
 
 def report(setting, s):
     rows, start = [], s["reference"]
@@ -79,7 +74,6 @@ def report(setting, s):
               "brackets: share of tokens that differ",
               ["edited digits", "", *PARTS.values(), "sums right", "pair accuracy",
                "after it − reference, paired", "log-ratio of chosen: median, nats; seeds below 0"], rows)]}
-
 
 def draw(s, path):
     fig, axes = figure(1, 3, width=4, height=3.4)

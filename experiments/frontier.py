@@ -6,7 +6,6 @@ from common import COLOURS, LABELS, band, bars, cell, figure, save, table, verdi
 NAME, TITLE = "frontier", "Claim 1. Reward against KL (DPO, Fig. 2 left)"
 BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0)  # nats
 
-
 def frontier_runs(setting, seed):
     """{loss: its runs} of one seed; as many for each loss, so that none has more chances."""
     n, betas = len(setting.betas), setting.betas
@@ -17,15 +16,12 @@ def frontier_runs(setting, seed):
     runs["weighted-sft"] = [setting.review_run(seed, "weighted-sft", t) for t in (0.5, 2.0)[-n:]]
     return runs
 
-
 def reference_of(setting, seed):
     return setting.review_run(seed).world, setting.reference_samples
-
 
 def runs(setting):
     return [thing for seed in setting.seeds
             for thing in (reference_of(setting, seed), *sum(frontier_runs(setting, seed).values(), []))]
-
 
 def reweighted(rewards, least_ess):
     """Eq. 4 on samples of the reference: weights proportional to exp(reward / beta), the normaliser Z by
@@ -42,7 +38,6 @@ def reweighted(rewards, least_ess):
                        "reward": float((w * r).sum()), "ess": float(ess)})
     return points
 
-
 def best_within(points, kl):
     """The reward of the best candidate within a budget of KL, without the bias of a maximum: chosen on one
     half of each candidate's samples, its reward read off the other half; the mean of both ways round.
@@ -53,13 +48,11 @@ def best_within(points, kl):
         rewards.append(max(within, key=lambda p: p["halves"][a][0])["halves"][1 - a][0])
     return float(np.mean(rewards))
 
-
 def on_curve(curve, kl, beyond=None):
     """Reward of a ceiling at a KL, `beyond` its end."""
     if kl > curve[-1]["kl"]:
         return beyond
     return float(np.interp(kl, [p["kl"] for p in curve], [p["reward"] for p in curve]))
-
 
 def above(point, samples, curve):
     """Does a point lie above its seed's own re-weighted curve by three standard errors, both errors counted?
@@ -70,7 +63,6 @@ def above(point, samples, curve):
     ess = np.interp(point["kl"][0], [p["kl"] for p in curve], [p["ess"] for p in curve])
     noise = np.hypot(point["reward"][1], point["reward"][1] * np.sqrt(samples / ess))
     return bool(point["reward"][0] > ceiling + 3 * noise)
-
 
 def measure(setting, results):
     points, curves = {}, []
@@ -83,12 +75,10 @@ def measure(setting, results):
                 for run in loss_runs for c in results[run]["checkpoints"]])
     return {"points": points, "reweighted": curves}
 
-
 def within(s):
     """{loss: {budget: best reward, a seed each}}."""
     return {loss: {f"{kl:g}": [best_within(p, kl) for p in seeds] for kl in BUDGETS}
             for loss, seeds in s["points"].items()}
-
 
 def report(setting, s):
     points, curves, best = s["points"], s["reweighted"], within(s)
@@ -123,7 +113,6 @@ def report(setting, s):
         table("The same less DPO's, paired by seed, ± 95 % interval", columns,
               [[LABELS[loss], *(versus(of[b], best["dpo"][b]) for b in of)] for loss, of in best.items()
                if loss != "dpo"])]}
-
 
 def draw(s, path):
     fig, axes = figure(1, 2, width=5.4, height=4.2)

@@ -20,14 +20,11 @@ from replay import CFG, data, losses, train
 from model import GPT, GPTConfig
 from plumbing.reference import Reference
 
-
 def float32_sum(values, segment, num):
     return values.new_zeros(num).index_add(0, segment, values)
 
-
 def grid_ascending(values, mask):
     return torch.where(mask, (values * 1e5).round(), torch.inf).argsort(dim=-1, stable=True)
-
 
 def sum_error(segment_sum, tokens, draws):
     """Error of rho, nats: (mean size, largest) over draws of token log-probabilities in float32."""
@@ -38,7 +35,6 @@ def sum_error(segment_sum, tokens, draws):
         rho = float(segment_sum(logps[0], where, 1) - segment_sum(logps[1], where, 1))
         errors.append(abs(rho - math.fsum([*logps[0].tolist(), *(-logps[1]).tolist()])))
     return float(np.mean(errors)), max(errors)
-
 
 def gradient_error(name, segment_sum, tokens, pairs=4, **knobs):
     """A whole float32 step against the same step in float64: |g - g64| / |g64| over all parameters."""
@@ -60,7 +56,6 @@ def gradient_error(name, segment_sum, tokens, pairs=4, **knobs):
         grads[dtype] = torch.cat([p.grad.flatten().double() for p in policy.parameters()])
     right = grads[torch.float64]
     return float((grads[torch.float32] - right).norm() / right.norm())
-
 
 def ties(ascending, dtype, draws, segments=6, pairs=40):
     """(segments out of exact order, segments tried): W of up to 4 decimals, maxima up to 100. Only pairs of
@@ -85,7 +80,6 @@ def ties(ascending, dtype, draws, segments=6, pairs=40):
         tried += int(clear.sum()) * 2 * segments
     return wrong, tried
 
-
 def measure(draws, tokens=(256, 1024, 4096)):
     rows, sums = [], {"float32": float32_sum, "float64": losses.segment_sum}
     for n in tokens:
@@ -103,7 +97,6 @@ def measure(draws, tokens=(256, 1024, 4096)):
     return {"made": {"commit": commit(), "torch": torch.__version__, "draws": draws}, "tables": [table(
         f"{draws} draws each; ties: W of up to 4 decimals, maxima up to 100, exact rewards equal or at least "
         "2e-5 apart", ["", "float32 sums, ties on a grid (af6f8a2)", "float64 sums, ties by gaps"], rows)]}
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -15,12 +15,10 @@ from common import COLOURS, HERE, figure, markdown, save, table
 TOKENS, LONGEST = 4, 3
 BETAS = (0.25, 0.5, 1.0, 2.0)  # of the table
 
-
 def contexts(prefix=()):
     """All prefixes that a response may go on from."""
     longer = range(1, TOKENS) if len(prefix) + 1 < LONGEST else ()
     return [prefix, *(c for token in longer for c in contexts((*prefix, token)))]
-
 
 def responses(context=()):
     """All responses that continue a context."""
@@ -28,11 +26,9 @@ def responses(context=()):
         return [context]
     return [y for token in range(TOKENS) for y in responses((*context, token))]
 
-
 def of_responses(policy):
     """pi(y) of all responses, of a policy {context: token probabilities}."""
     return np.array([np.prod([policy[y[:t]][y[t]] for t in range(len(y))]) for y in responses()])
-
 
 def q_ref(p, r):
     """{context: Q_ref of each next token}: the mean of r(y) when the reference goes on from there."""
@@ -43,13 +39,11 @@ def q_ref(p, r):
         return weights @ values / weights.sum()
     return {c: np.array([mean((*c, token)) for token in range(TOKENS)]) for c in contexts()}
 
-
 def optima(reference, p, r, q, beta):
     """(DPO's, TDPO1's) optimum as probabilities of all responses."""
     tilted = p * np.exp((r - r.max()) / beta)
     policy = {c: reference[c] * np.exp((q[c] - q[c].max()) / beta) for c in reference}
     return tilted / tilted.sum(), of_responses({c: x / x.sum() for c, x in policy.items()})
-
 
 def random_world(seed):
     """({context: token probabilities}, p(y), r(y), Q_ref): standard normal logits and rewards."""
@@ -58,7 +52,6 @@ def random_world(seed):
     reference = {c: x / x.sum() for c, x in weights.items()}
     p, r = of_responses(reference), rng.normal(size=len(responses()))
     return reference, p, r, q_ref(p, r)
-
 
 def measure(worlds=20):
     """Curves of the first world; what TDPO1 lacks at its own KL in all of them."""
@@ -83,7 +76,6 @@ def measure(worlds=20):
         ["β", "E r − β KL: Eq. 4 (DPO)", "π_ref e^{Q_ref/β} (TDPO1)", "reward that TDPO1 lacks at its own KL",
          "the same, mean (least to most)"], rows)]}
 
-
 def draw(s, path):
     fig, axes = figure(1, 1, width=6, height=3.6)
     for name, label in (("dpo", "DPO: Eq. 4, $\\pi_{ref}\\,e^{r/\\beta}$"),
@@ -93,7 +85,6 @@ def draw(s, path):
                    title="population optima over β, exact")
     axes[0, 0].legend(fontsize=8, loc="lower right")
     save(fig, path)
-
 
 if __name__ == "__main__":
     found = measure()

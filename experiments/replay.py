@@ -42,7 +42,6 @@ CREDITED = ("dpo", "2d-dpo", "2d-dpo-vanilla", "unselected")  # losses whose cre
 CFG = train.Config(device="cpu", dtype="float32", micro_batch_size=AT_ONCE, micro_batch_tokens=10**9,
                    head_tokens=4096)
 
-
 @dataclass(frozen=True)
 class World:
     """Data and reference of one seed: what runs share."""
@@ -56,7 +55,6 @@ class World:
     n_embd: int = 64
     sft_steps: int = 300
     sft_lr: float = 2e-3
-
 
 @dataclass(frozen=True)
 class Run:
@@ -75,9 +73,7 @@ class Run:
     checkpoints: tuple = (0, 40, 80)
     samples: int = 512
 
-
 # Data and reference
-
 
 def raw_pairs(world):
     """(training, held-out) pairs of a world as records. No held-out sum is in the training data."""
@@ -90,7 +86,6 @@ def raw_pairs(world):
                  for pair in sums.sample_pairs(n, seed)]  # the same sums whatever the edits
     return pairs[:world.pairs], pairs[world.pairs:]
 
-
 def reject(answer, edits, rng):
     """The answer with `edits` digits changed, or the answer to another sum of the same length."""
     if edits != "all":
@@ -100,12 +95,10 @@ def reject(answer, edits, rng):
         if len(other) == len(answer) and other.split(":")[1] != answer.split(":")[1]:
             return other
 
-
 def merged(response):
     """A response of sentences as one segment, scored by their mean."""
     scores = np.mean([segment["scores"] for segment in response], axis=0).tolist()
     return [{"text": "".join(segment["text"] for segment in response), "scores": scores}]
-
 
 @functools.lru_cache(maxsize=8)
 def encoded(world, one_segment=False):
@@ -125,17 +118,14 @@ def encoded(world, one_segment=False):
                 loaded.append(data.load((str(path),), tokenizer, 64)[0])
     return tokenizer, *loaded, margins
 
-
 @functools.cache  # of what is running, whatever happens to the files meanwhile
 def source_hash():
     trees = [ast.dump(ast.parse((ROOT / name).read_text())) for name in SOURCES]  # layout and comments aside
     return hashlib.sha256("".join(trees).encode()).hexdigest()
 
-
 def key_of(thing):
     text = json.dumps([dataclasses.asdict(thing), str(type(thing)), source_hash(), torch.__version__])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
 
 def reference_folder(world, store):
     """The SFT model of a world and seed; trained where `store` has none yet.
@@ -167,21 +157,17 @@ def reference_folder(world, store):
             Path(aside, "model").rename(folder)
     return folder
 
-
 @contextlib.contextmanager
 def quiet():
     """train.py reports every step: not here."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
-
 # What is measured
-
 
 def unweighted_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta):
     """-h/2: DPO's gradient with the weight sigma(r_l - r_w) held at its first value, 1/2."""
     return -0.5 * beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
-
 
 def unselected_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
                     chosen_rewards, rejected_rewards, chosen_mask, rejected_mask, *, beta):
@@ -189,7 +175,6 @@ def unselected_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected
     h = beta * (chosen_rewards * (chosen_logps - ref_chosen_logps)
                 - rejected_rewards * (rejected_logps - ref_rejected_logps))
     return torch.where(chosen_mask & rejected_mask, -F.logsigmoid(h), 0.0).sum(-1)
-
 
 def weighted_sft_loss(chosen_logps, rejected_logps, chosen_rewards, rejected_rewards,
                       chosen_mask, rejected_mask, *, beta):
@@ -203,23 +188,19 @@ def weighted_sft_loss(chosen_logps, rejected_logps, chosen_rewards, rejected_rew
         return -((r - 16) / beta).exp() * torch.where(mask, logps, 0.0).sum(-1)
     return of(chosen_logps, chosen_rewards, chosen_mask) + of(rejected_logps, rejected_rewards, rejected_mask)
 
-
 # losses of these experiments only: name -> (the loss of losses.LOSSES whose data it reads, the function)
 OTHERS = {"unweighted": ("dpo", unweighted_loss), "unselected": ("2d-dpo", unselected_loss),
           "weighted-sft": ("2d-dpo", weighted_sft_loss)}
 
-
 def mean_se(values):
     values = np.asarray(values, dtype=np.float64)
     return [float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))]
-
 
 def review_prompts(n, seed, tokenizer):
     rng = random.Random(seed)
     texts = [f"Review the {reviews.pick(rng, reviews.ADJECTIVES)} {reviews.pick(rng, reviews.NOUNS)}:"
              for _ in range(n)]
     return texts, torch.tensor([tokenizer.encode(text) for text in texts])  # (n, 5)
-
 
 @torch.no_grad()
 def sample_reviews(policy, reference, tokenizer, n, seed):
@@ -255,7 +236,6 @@ def sample_reviews(policy, reference, tokenizer, n, seed):
             "helpfulness": mean_se(points[:, 0]), "relevance": mean_se(points[:, 1]),
             "valid": sum(valid) / max(1, len(valid))}
 
-
 def reference_rewards(world, n, store):
     """True rewards of n samples of the reference: what Eq. 4 re-weights."""
     tokenizer = data.Tokenizer(str(TOKENIZER))
@@ -270,13 +250,11 @@ def reference_rewards(world, n, store):
             rewards.append(reviews.reward(text + tokenizer.decode(ids)))
     return rewards
 
-
 @torch.no_grad()
 def token_logratios(policy, reference, rows):
     """(batch, log pi, log pi_ref) of the response tokens of some pairs: a Batch and two of (N,)."""
     batch = data.collate(rows)
     return batch, *(train.response_logps(model, batch, CFG) for model in (policy, reference))
-
 
 def credit(policy, reference, pairs, eot):
     """How far the policy moved each held-out sentence: sums and counts by side, helpfulness and relevance.
@@ -295,7 +273,6 @@ def credit(policy, reference, pairs, eot):
         np.add.at(total, place, ratio.numpy()[here])
         np.add.at(count, place, 1)
     return {"sum": total.tolist(), "count": count.tolist()}
-
 
 @torch.no_grad()
 def parts_of_chosen(policy, reference, pairs):
@@ -323,7 +300,6 @@ def parts_of_chosen(policy, reference, pairs):
         result[who]["total"] = float(sums_[m].sum() / len(pairs))
     return result | {"differing": float(counts[1] / counts.sum())}
 
-
 def sums_accuracy(policy, tokenizer, held_out):
     """Share of held-out sums that the policy works out to the letter, greedily; [mean, standard error]."""
     prompts = [held_out[i].prompt.tolist() for i in range(len(held_out))]
@@ -334,12 +310,9 @@ def sums_accuracy(policy, tokenizer, held_out):
             right.append(sums.correct(tokenizer.decode(i for i in ids if i != tokenizer.eot)))
     return mean_se(right)
 
-
 # A run
 
-
 MEMORIES = tempfile.TemporaryDirectory()  # what references said of the pairs, for this process's next runs
-
 
 def reference_of(model, run, pairs, cfg):
     """The reference of a run; runs on the same pairs share its memory."""
@@ -347,7 +320,6 @@ def reference_of(model, run, pairs, cfg):
     folder.mkdir(exist_ok=True)
     return Reference(model, partial(train.hidden_states, model, cfg=cfg),
                      partial(train.response_logps, model, cfg=cfg), Memory(folder, pairs, cfg.dtype))
-
 
 def gradient_weights(run, terms, margins):
     """sigma(r_l - r_w) of a step's pairs: [sum, count] of all, and by whether the label is true."""
@@ -359,7 +331,6 @@ def gradient_weights(run, terms, margins):
         margin = margins[terms["pair"].numpy()]
         groups |= {"label_false": margin < 0, "label_true": margin > 0}
     return {name: [float(weight[g].sum()), int(g.sum())] for name, g in groups.items()}
-
 
 def replay(run, store):
     """Train a run and measure it at its checkpoints; returns plain JSON."""

@@ -29,7 +29,6 @@ ROWS = (  # name, prompts, new tokens, flags, least ratio to transformers
     ("greedy, 1 row", 1, 32, {"temperature": 0}, 1.15),
     ("whole distribution, 900 tokens", 1, 900, {}, 1.25))
 
-
 def programs(config, device, before=None):
     """{name: generate(tokens, n, flags) -> tokens} of one random model."""
     from transformers import GPT2LMHeadModel
@@ -60,7 +59,6 @@ def programs(config, device, before=None):
         found["before"] = lambda tokens, n, flags: old.generate(tokens, n, **flags)
     return found
 
-
 def seconds(generate, tokens, n, flags):
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
@@ -69,7 +67,6 @@ def seconds(generate, tokens, n, flags):
         torch.cuda.synchronize()
     assert out.shape == (len(tokens), tokens.shape[1] + n)
     return clock() - began
-
 
 def measure(found, row, turns, device, vocab_size):
     """{program: the fastest seconds} of one of ROWS."""
@@ -81,7 +78,6 @@ def measure(found, row, turns, device, vocab_size):
         for name, generate in found.items():
             times[name].append(seconds(generate, tokens, n, flags))
     return {name: min(values) for name, values in times.items()}
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser("sampling.py", description=__doc__.split("\n")[0])
@@ -110,7 +106,6 @@ def main(argv=None):
         if args.json:
             with open(args.json, "a") as file:
                 file.write(json.dumps({"row": row[0], "seconds": times, "ratios": ratios}) + "\n")
-
 
 if __name__ == "__main__":
     main()

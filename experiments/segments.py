@@ -18,15 +18,12 @@ VARIANTS = {  # name -> (loss, knobs, label, colour)
 BAD, GOOD = (0, 2), (6, 8)  # helpfulness + relevance of a sentence
 SHOWN = ("dpo", "vanilla", "badness", "grouped")
 
-
 def run_of(setting, seed, name):
     loss, knobs, _, _ = VARIANTS[name]
     return setting.review_run(seed, loss, BETA, **knobs)
 
-
 def runs(setting):
     return [run_of(setting, seed, name) for seed in setting.seeds for name in VARIANTS]
-
 
 def pooled(credit, low, high):
     """Mean log-ratio of the held-out sentences with low <= h + r <= high, on either side."""
@@ -35,12 +32,10 @@ def pooled(credit, low, high):
     total, count = (np.sum(credit[key], axis=0)[among].sum() for key in ("sum", "count"))
     return float(total / count) if count else 0.0
 
-
 PICKS = {"kl": lambda c: c["samples"]["kl"][0], "reward": lambda c: c["samples"]["reward"][0],
          "credit": lambda c: pooled(c["credit"], *GOOD) - pooled(c["credit"], *BAD),
          "helpfulness": lambda c: c["samples"]["helpfulness"][0],
          "relevance": lambda c: c["samples"]["relevance"][0]}
-
 
 def measure(setting, results):
     traces = {}
@@ -50,12 +45,10 @@ def measure(setting, results):
         traces[name] |= {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
     return {"traces": traces}
 
-
 def at_kl(s, name, key, level):
     """A quantity where each seed's run first reaches a KL."""
     t = s["traces"][name]
     return [reaches(kl, y, level) for kl, y in zip(t["kl"], t[key], strict=True)]
-
 
 def report(setting, s):
     rows, levels = [], setting.levels
@@ -88,7 +81,6 @@ def report(setting, s):
         table(f"Step {setting.run.steps}: samples and credit, mean ± 95 % interval over seeds. W is uniform "
               "but in the last two",
               ["", "KL, nats", "true reward", "good − bad, nats", "helpfulness", "relevance"], last)]}
-
 
 def draw(s, path):
     fig, axes = figure(1, 2, width=4.8, height=3.6)

@@ -8,7 +8,6 @@ from common import COLOURS, FULL, band, bars, cell, figure, reaches, save, serie
 NAME, TITLE = "seqkl", "Claim 4. Sequential KL (TDPO, Fig. 3)"
 BETA = 1.0  # at which the runs stay near the reference
 
-
 def variants(setting):
     """name -> (loss, knobs, label, colour)."""
     greens = [matplotlib.colors.to_hex(c)
@@ -18,21 +17,17 @@ def variants(setting):
                              COLOURS["tdpo2"] if alpha == 0.5 else green)
         for alpha, green in zip(setting.alphas, greens, strict=True)}
 
-
 def run_of(setting, seed, name):
     loss, knobs, _, _ = variants(setting)[name]
     return setting.review_run(seed, loss, BETA, **knobs)
 
-
 def runs(setting):
     return [run_of(setting, seed, name) for seed in setting.seeds for name in variants(setting)]
-
 
 PICKS = {"chosen_kl": lambda c: c["held_out"]["kl/ref_policy_chosen"],
          "rejected_kl": lambda c: c["held_out"]["kl/ref_policy_rejected"],
          "reward": lambda c: c["samples"]["reward"][0], "kl": lambda c: c["samples"]["kl"][0],
          "accuracy": lambda c: c["held_out"]["rewards/accuracies"]}
-
 
 def measure(setting, results):
     traces = {}
@@ -42,7 +37,6 @@ def measure(setting, results):
         traces[name] |= {key: series(seeds, pick)[1].tolist() for key, pick in PICKS.items()}
     return {"traces": traces}
 
-
 def at_equal_reward(traces):
     """(a reward that every variant reaches, seed by seed: half-way to the lowest of their peaks; {variant: KL
     where it first has it})."""
@@ -51,7 +45,6 @@ def at_equal_reward(traces):
                for i in seeds]
     return targets, {name: [reaches(t["reward"][i], t["kl"][i], targets[i]) for i in seeds]
                      for name, t in traces.items()}
-
 
 def report(setting, s):
     traces, last, same, pairs = s["traces"], [], [], []
@@ -86,7 +79,6 @@ def report(setting, s):
               ["", "KL, nats", "less DPO's, paired"], same),
         table("Reward at equal KL, less DPO's, paired by seed, ± 95 % interval",
               ["", *(f"KL {level:g}" for level in setting.levels)], pairs)]}
-
 
 def draw(s, path):
     fig, axes = figure(1, 3, width=4.3, height=3.5)

@@ -62,16 +62,13 @@ LETTERS = string.ascii_lowercase  # text: each letter is one token of the vocabu
 COMPARED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected")
 BETA, ALPHA, LR, CLIP = 0.1, 0.5, 1e-5, 1.0
 
-
 # ---- What all sides start from: a folder with model, tokenizer and records ----
-
 
 def draw_lengths(o):
     """Tokens of prompt, chosen and rejected response, (pairs, 3), end-of-text counted."""
     rng, n, (P, y) = np.random.default_rng(0), o.batches * o.pairs, LENGTHS[o.lengths]
     columns = [np.interp(rng.random(n), list(q), list(q.values())) for q in (P, y, y)]
     return np.stack(columns, -1).round().astype(int).clip(min=5)
-
 
 def write_vocabulary(folder, size):
     """vocab.json and merges.txt, which old commits and transformers read, of that size. Letters never merge:
@@ -86,7 +83,6 @@ def write_vocabulary(folder, size):
     for name, text in (("vocab.json", json.dumps(ids)), ("tokenizer_config.json", json.dumps(config)),
                        ("merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))):
         Path(folder, name).write_text(text, encoding="utf-8")
-
 
 def make(o):
     """The start of all sides, unless --model gives it, and the records."""
@@ -113,13 +109,10 @@ def make(o):
         records = [{"prompt": text(P), "chosen": text(C - 1), "rejected": text(R - 1)} for P, C, R in lengths]
         Path(o.folder, f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
-
 def read_records(o):
     return [json.loads(line) for line in Path(o.folder, "records.jsonl").read_text().splitlines()]
 
-
 # ---- The sides: each imports what it needs and returns what trains, until stopped, and logs its steps ----
-
 
 def ours(o):
     script = importlib.import_module("ports.huggingface" if o.port else "train")
@@ -130,7 +123,6 @@ def ours(o):
     given |= {"alpha": ALPHA} if o.loss == "tdpo2" else {}
     argv = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
     return lambda: script.main([*argv, *o.flags])
-
 
 def padded_rows(pairs, device):
     """2B rows, all chosen, then all rejected; each prompt + response, padded to the longest. And the mask of
@@ -143,14 +135,12 @@ def padded_rows(pairs, device):
         scored[row, len(x):len(x) + len(y)] = 1
     return tokens.to(device), scored.to(device)  # (2B, T)
 
-
 def classic_loss(logits, ref_logits, tokens, scored, loss="dpo"):
     def logps(logits):
         log_s = logits[:, :-1].log_softmax(-1)  # (2B, T - 1, V)
         return (log_s.gather(2, tokens[:, 1:, None]).squeeze(2) * scored[:, 1:]).sum(-1).chunk(2)
 
     return losses.dpo_loss(*logps(logits), *logps(ref_logits), beta=BETA).mean()
-
 
 def tdpo_loss(logits, ref_logits, tokens, scored, loss="tdpo2"):
     log_s = logits[:, :-1].log_softmax(-1)  # (2B, T - 1, V)
@@ -163,7 +153,6 @@ def tdpo_loss(logits, ref_logits, tokens, scored, loss="tdpo2"):
     if loss == "tdpo1":
         return losses.tdpo1_loss(*terms, beta=BETA).mean()
     return losses.tdpo2_loss(*terms, beta=BETA, alpha=ALPHA).mean()
-
 
 def two_models(o, loss_of):
     """The loop that `classic` and `tdpo` share: the logits of both models at every position."""
@@ -199,13 +188,11 @@ def two_models(o, loss_of):
 
     return run
 
-
 def log_of(o):
     """A function (step, numbers) that writes a peer's log.jsonl."""
     Path(o.out).mkdir()
     file = open(Path(o.out, "log.jsonl"), "w", buffering=1)
     return lambda step, numbers: file.write(json.dumps({"step": step} | numbers) + "\n")
-
 
 def trl(o):
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(Path(o.folder, "datasets"))}
@@ -239,13 +226,10 @@ def trl(o):
 
     return run
 
-
 SIDES = {"ours": ours, "classic": partial(two_models, loss_of=classic_loss),
          "tdpo": partial(two_models, loss_of=tdpo_loss), "trl": trl}
 
-
 # ---- Memory and work ----
-
 
 def memory(device, peak=False):
     """Bytes that this process holds, or the GPU's allocator; peak: the most since reset_peak."""
@@ -254,18 +238,15 @@ def memory(device, peak=False):
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
 
-
 def reset_peak(device):
     if device != "cpu":
         return torch.cuda.reset_peak_memory_stats(device)
     ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not memory of the steps
     Path("/proc/self/clear_refs").write_text("5")
 
-
 def synchronize(device):
     if device != "cpu":
         torch.cuda.synchronize(device)
-
 
 def matmul_rate(device, dtype):
     """FLOP/s of this device's own matrix product, of 20 back to back: what MFU compares with."""
@@ -280,7 +261,6 @@ def matmul_rate(device, dtype):
         best = min(best, time.perf_counter() - start)
     return products * 2 * n**3 / best
 
-
 def useful_flops(layers, channels, vocabulary, lengths):
     """Forward and backward of a GPT-2 over pairs of these lengths (n, 3): no padding, nothing twice."""
     P, C, R = lengths.T
@@ -288,9 +268,7 @@ def useful_flops(layers, channels, vocabulary, lengths):
     trunk = layers * (24 * channels * channels * (P + C + R) + 4 * channels * seen)
     return 3.0 * (trunk + 2 * channels * vocabulary * (C + R)).sum()
 
-
 # ---- A process a side: a line in says "go", a line of JSON out says what the step took ----
-
 
 class Turns:
     """Stands after every optimizer step of this process: reports it and waits for the next turn."""
@@ -317,7 +295,6 @@ class Turns:
         print(json.dumps(answer), file=self.out, flush=True)
         self.wait()
 
-
 def work(o):
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a side prints must not mix with the answers
@@ -325,7 +302,6 @@ def work(o):
     run = SIDES[o.side](o)
     Turns(o, out)
     run()
-
 
 class Side:
     """The other end of `work`. root: the checkout whose train.py runs."""
@@ -361,7 +337,6 @@ class Side:
         lines = map(json.loads, Path(self.out, "log.jsonl").read_text().splitlines())
         return {line["step"]: line for line in lines if "loss" in line}
 
-
 def measure(o, sides):
     """({name: its answers}, differences) of o.warmup + o.repeats rounds, in which each of one or two sides,
     {name: (side, root)}, makes the same step."""
@@ -379,7 +354,6 @@ def measure(o, sides):
                 side.close()
         return answers, differences(o, [side.logged() for side in running])
 
-
 def differences(o, logs):
     """{number: its largest difference between two sides, over all steps}."""
     if len(logs) < 2:
@@ -393,9 +367,7 @@ def differences(o, logs):
                          f"{o.limit:.1e} (--limit)")
     return worst
 
-
 # ---- Numbers ----
-
 
 def numbers_of(o, answers, rate):
     """Medians over the measured rounds of one side."""
@@ -409,7 +381,6 @@ def numbers_of(o, answers, rate):
             "mfu": median([f / s for f, s in zip(flops, seconds, strict=True)]) / rate,
             "memory": measured[-1]["memory"], "graphs": measured[-1]["graphs"],
             "graphs_while_measured": measured[-1]["graphs"] - answers[o.warmup - 1]["graphs"]}
-
 
 def compare(o, sides=None):
     """Measure, print a table, return its numbers."""
@@ -437,7 +408,6 @@ def compare(o, sides=None):
         print("largest differences:", ", ".join(f"{name} {x:.1e}" for name, x in worst.items()), flush=True)
     return result
 
-
 def against(o):
     """This checkout, with what is not committed, beside a commit, for DPO and for TDPO2. On a busy machine
     the fastest steps and CPU time say more than the median; equal code was found 0.95 to 1.05 apart there."""
@@ -454,7 +424,6 @@ def against(o):
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", old], cwd=HERE)
 
-
 def where(o):
     """Machine, versions, commit, load: what a number means nothing without."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
@@ -464,7 +433,6 @@ def where(o):
     return {"device": device, "torch": torch.__version__, "python": platform.python_version(),
             "commit": git.stdout.strip() or None, "load": round(os.getloadavg()[0], 1),
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-
 
 def parse(argv=None):
     flag = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -502,7 +470,6 @@ def parse(argv=None):
             flag.error(f"--peer {o.peer} has no --loss {o.loss}")
     return o
 
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--sampling" in argv:
@@ -514,7 +481,6 @@ def main(argv=None):
     about = ", ".join(f"{name} {value}" for name, value in where(o).items())
     print(f"{o.model or o.size}, {o.pairs} pairs, lengths {o.lengths}, {o.dtype}, {about}", flush=True)
     (against if o.against else compare)(o)
-
 
 if __name__ == "__main__":
     main()

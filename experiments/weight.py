@@ -14,15 +14,12 @@ VARIANTS = {"dpo-0.1": ("dpo", 0.1, "DPO, β 0.1", COLOURS["dpo"]),
             "dpo-1": ("dpo", 1.0, "DPO, β 1", "#7fb8e0"),
             "unweighted": ("unweighted", 0.1, "weight held at ½", COLOURS["unweighted"])}
 
-
 def run_of(setting, seed, name):
     loss, beta, _, _ = VARIANTS[name]
     return setting.review_run(seed, loss, beta, times=2)
 
-
 def runs(setting):
     return [run_of(setting, seed, name) for seed in setting.seeds for name in VARIANTS]
-
 
 def windows(weights, group):
     """Mean weight of a group of pairs in twelve windows of steps; None where it had no pair."""
@@ -32,11 +29,9 @@ def windows(weights, group):
         means.append(float(total / count) if count else None)
     return means
 
-
 PICKS = {"reward": lambda c: c["samples"]["reward"][0], "kl": lambda c: c["samples"]["kl"][0],
          "valid": lambda c: c["samples"]["valid"], "accuracy": lambda c: c["held_out"]["rewards/accuracies"],
          "chosen": lambda c: c["held_out"]["logratio/chosen"]}
-
 
 def measure(setting, results):
     weights, trace = {}, {}
@@ -47,7 +42,6 @@ def measure(setting, results):
         if name != "unweighted":
             weights[name] = {group: [windows(r["weights"], group) for r in seeds] for group in GROUPS}
     return {"weights": weights, "trace": trace}
-
 
 def report(setting, s):
     weights, trace, weight_rows, state_rows = s["weights"], s["trace"], [], []
@@ -78,7 +72,6 @@ def report(setting, s):
               "sentences in the grammar, held-out accuracy, log-ratio of held-out chosen; mean ± 95 % "
               "interval", ["", "step", "true reward", "KL, nats", "in the grammar", "accuracy",
                            "chosen log-ratio, nats"], state_rows)]}
-
 
 def draw(s, path):
     fig, axes = figure(1, 4, width=3.7, height=3.2)

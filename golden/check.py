@@ -32,7 +32,6 @@ EARLY = {f"golden.pipeline.{name}" for name in (                 # what is calle
     "token_segments", "segment_logps", "normalised")} | {
     f"losses.{name}" for name in ("token_logps", "token_kl", "segment_sum", "segment_rewards")}
 
-
 class BadInput(Exception):
     """What makes a comparison impossible, in one line for the user."""
 
@@ -51,7 +50,6 @@ def inputs(regime):
     start = f"input/{regime}/"
     there = {name.removeprefix(start): tensor for name, tensor in golden().items() if name.startswith(start)}
     return pipeline.unrolled(there)
-
 
 # ---- What mistakes lead to ----
 
@@ -107,7 +105,6 @@ def touches(mistake, loss):
         if yes:
             return True
     return False
-
 
 # ---- Comparison ----
 
@@ -234,9 +231,7 @@ def unreached(theirs, fine):
             found |= {start: dead} if dead else {}
     return found
 
-
 # ---- Explanations. Each is a tuple of mistakes and the slope of their hinges at 0 ----
-
 
 class Port:
     """The right results of a port, next to which wrong ones are explained."""
@@ -366,7 +361,6 @@ def root(f, x, target):
         fb = f(b) - target
     return b if abs(fb) < 1e-7 * max(1, abs(target)) else None
 
-
 # ---- Words ----
 
 def subject(names, verb="equal"):
@@ -470,7 +464,6 @@ def main(argv=None):
     if off:
         print("\n".join(verdict(off, fine)))
     return 1 if off or dead else 0
-
 
 if __name__ == "__main__":
     torch.set_num_threads(1)                                     # tiny tensors: threads would only wait

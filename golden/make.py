@@ -152,12 +152,10 @@ INPUTS = {
     "period/NAME": ("as NAME", "one of the inputs above, (B,T) or (B,T,V), before that; regime thousands"),
 }
 
-
 def integers(name, count, low, high):
     """`count` integers, low ... high inclusive, a pure function of the name. Returns int64 (count,)."""
     raw = np.frombuffer(hashlib.shake_256(name.encode()).digest(4 * count), dtype="<u4").astype(np.int64)
     return low + raw % (high - low + 1)
-
 
 def reference_logits(key, regime):
     """The reference's logits after one prefix, in 1/UNIT. Returns int64 (V,)."""
@@ -167,7 +165,6 @@ def reference_logits(key, regime):
     logits = UNIT // 4 * integers(f"{key}/ref", V, -4 * 200, 0)
     logits[integers(f"{key}/top", 1, 0, V - 1)[0]] = 800 * UNIT  # one token far above the others
     return logits
-
 
 def make_rows(name, pair, regime):
     """Both rows of one pair, chosen and rejected: lists of ids, segment ids, reference and policy logits.
@@ -211,7 +208,6 @@ def make_rows(name, pair, regime):
     return [(ids, segments, [reference_logits(key(ids[:t + 1]), regime) for t in range(len(ids))],
              [policy_logits(ids[:t + 1]) for t in range(len(ids))]) for ids, segments in rows]
 
-
 def make_parameters(name, distance):
     """The parameters of both GPTs of a regime, or of one if they are equal: input names, float32."""
     inputs = {}
@@ -224,7 +220,6 @@ def make_parameters(name, distance):
         for which, values in (("policy", policy), ("reference", ref)) if distance else (("model", ref),):
             inputs[f"{which}/{parameter}"] = torch.tensor(values / UNIT, dtype=torch.float32).view(x.shape)
     return inputs
-
 
 def make_inputs(name):
     """The input tensors of a regime, by name (INPUTS above)."""
@@ -275,7 +270,6 @@ def make_inputs(name):
         inputs["rate"] = torch.tensor(regime["rate"])
     return inputs | rows | (make_parameters(name, regime["gpt"]) if "gpt" in regime else {})
 
-
 def kept(regime, name):
     """Whether a result of a regime is in the file."""
     if "lean" not in REGIMES[regime]:
@@ -283,7 +277,6 @@ def kept(regime, name):
     if name.endswith("_logits"):
         return name.split("/")[0] in REGIMES[regime]["lean"]
     return regime != "thousands" or "_token_" not in name and name not in ("chosen_seq_kl", "rejected_seq_kl")
-
 
 def make_vectors():
     """All tensors of the file: input/REGIME/..., float64/REGIME/..., float32/REGIME/..."""
@@ -297,12 +290,10 @@ def make_vectors():
                 if "lean" not in REGIMES[name.split("/")[1]]}
     return {name: tensor.contiguous() for name, tensor in sorted(vectors.items())}
 
-
 def in_float32(vectors):
     """The float32 results: the float64 ones rounded once. Names of the former -> tensors."""
     return {name.replace("64", "32", 1): x.float() if x.is_floating_point() else x.clone()
             for name, x in vectors.items() if name.startswith("float64/")}
-
 
 def make_description(vectors):
     """The JSON beside the tensors: what they mean, with which hyper-parameters, at which tolerance."""
@@ -339,13 +330,11 @@ def make_description(vectors):
         "results": {name: {"shape": shape, "meaning": text} for name, (shape, text) in RESULTS.items()},
     }
 
-
 def rendered():
     """What the two files hold now: (bytes of the safetensors file, text of the JSON, the tensors)."""
     vectors = make_vectors()
     text = json.dumps(make_description(vectors), indent=1, ensure_ascii=False) + "\n"
     return save(vectors, {"format": str(FORMAT)}), text, vectors  # one key: the order of several is not fixed
-
 
 def differences(folder=HERE):
     """How the files in the folder differ from what would be written: a list of lines, empty if they do not.
@@ -374,7 +363,6 @@ def differences(folder=HERE):
             lines.append(f"{name}: other integers")
     return lines
 
-
 def main(argv=None):
     """Write the files, or compare with --check. Returns the exit status."""
     parser = argparse.ArgumentParser(description="Write the golden vectors, or compare them.")
@@ -388,7 +376,6 @@ def main(argv=None):
     (HERE / "vectors.json").write_text(text, encoding="utf-8")
     print(f"{len(vectors)} tensors, {len(data) / 1e6:.2f} MB")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -66,7 +66,6 @@ class Mistake:
             for place in places:
                 setattr(*place)
 
-
 SLOPE = 0.0                                                      # of every hinge below, at 0 exactly
 
 @contextmanager
@@ -113,7 +112,6 @@ def nls(h):
 def mean_of_rows(values, row, rows):
     count = right.segment_sum(torch.ones_like(values), row, rows)
     return right.segment_sum(values, row, rows) / count.clamp(min=1)
-
 
 # ---- The batch: which logits, which tokens, which segments ----
 
@@ -221,7 +219,6 @@ def with_penalty(value, q, side, knobs, name):
         return value
     return value - knobs["beta"] * knobs["lam"] * hinge(q["ref_chosen_logps"] - q["chosen_logps"])
 
-
 BATCH = [
     Mistake("no-shift", "logits that were not shifted: column t scored on token t, where it predicts token t "
             "+ 1", around(predicting_logits=lambda logits: logits),
@@ -312,7 +309,6 @@ BATCH = [
             "the data", around(normalised=maximum_of_the_batch)),
 ]
 
-
 # ---- From logits to log-probabilities ----
 
 def with_log_softmax(log_softmax):
@@ -344,7 +340,6 @@ def zero_times_infinity(z_ref, z):
 def clipped_kl(z_ref, z):
     q, p = (torch.where(x.softmax(-1) < 1e-7, 1e-7, x.softmax(-1)) for x in (z_ref, z))
     return (q * (q / p).log()).sum(-1)
-
 
 LOGPS = [
     Mistake("log-of-softmax", "log(softmax(x)), which underflows where log_softmax does not",
@@ -378,9 +373,7 @@ LOGPS = [
             inside(segment_sum=mean_of_rows), f"{NOTEBOOK}; TRL's description of logps/chosen"),
 ]
 
-
 # ---- Every loss of two responses ----
-
 
 SEQUENCE = ("dpo_loss", "dpop_loss", "tdpo1_loss", "tdpo2_loss")
 SEGMENTS = ("dpo2d_vanilla_loss", "dpo2d_loss")
@@ -431,7 +424,6 @@ def margin_ranking(w, l_, ref_w, ref_l, *, beta=0.1):
 def label_logits(z, y):
     return right.token_logps(z, y) + z.logsumexp(-1)
 
-
 PAIRS = [
     Mistake("sft-sign", "log pi(y_w|x) without its minus sign", inside(sft_loss=lambda logps: logps)),
     Mistake("responses-swapped", "chosen and rejected swapped",
@@ -471,7 +463,6 @@ PAIRS = [
             inside(token_logps=label_logits, dpo_loss=margin_ranking), "nanodpo 0.1.post1"),
 ]
 
-
 # DPOP. Each variant is a function of p: log-ratios c_w and c_l, h = beta (c_w - c_l), hinge = max(0, -c_w),
 # beta, lam, bl = beta lam, and win = log pi(y_w|x) - log pi(y_l|x).
 
@@ -481,7 +472,6 @@ def dpop(loss):
         return loss(SimpleNamespace(c_w=c_w, c_l=c_l, h=beta * (c_w - c_l), hinge=hinge(-c_w), lam=lam,
                                     beta=beta, bl=beta * lam, win=w - l_))
     return inside(dpop_loss=wrong)
-
 
 DPOP = [
     Mistake("dpop-hinge-outside-beta", "the hinge outside beta's bracket (Eq. 3 has it inside)",
@@ -529,7 +519,6 @@ DPOP = [
             dpop(lambda p: nls(p.h - p.bl * sg(p.hinge)))),
 ]
 
-
 # ---- TDPO. Each variant gives the margin from u, beta times the two KLs, alpha and beta ----
 
 def tdpo1(margin):
@@ -548,7 +537,6 @@ def delta(wrong):
     """Another delta(K_w, K_l, beta) in both forms; K_w is detached and alpha in front in TDPO2."""
     return (tdpo1(lambda u, k_w, k_l, a, b: u - wrong(k_w, k_l, b))
             | tdpo2(lambda u, k_w, k_l, a, b: u - a * wrong(sg(k_w), k_l, b)))
-
 
 TDPO = [
     Mistake("tdpo-delta-sign", "u + delta: the sign of delta, or K_w and K_l, the wrong way round",
@@ -588,7 +576,6 @@ TDPO = [
     Mistake("tdpo2-alpha-on-everything", "alpha times the whole margin: it multiplies delta only",
             tdpo2(lambda u, k_w, k_l, a, b: a * (u - (k_l - sg(k_w))))),
 ]
-
 
 # ---- 2D-DPO: the rewards, the sums, the selection ----
 
@@ -674,7 +661,6 @@ def all_pairs(w, l_, ref_w, ref_l, r_w, r_l, m_w, m_l, *, beta=0.1):
     h = beta * torch.where(both, a[:, :, None] - b[:, None, :], 0.0)
     return pair_sum(h.flatten(1), both.flatten(1))
 
-
 TWO_D = [
     Mistake("2d-weights-one-hot", "the first aspect alone as reward: W weighs all of them",
             weigh(lambda scores, W: scores[..., 0] * W.sum())),
@@ -744,7 +730,6 @@ TWO_D = [
 
 MISTAKES = [*BATCH, *LOGPS, *PAIRS, *DPOP, *TDPO, *TWO_D]
 BY_NAME = {mistake.name: mistake for mistake in MISTAKES}
-
 
 # ---- Constants: a right loss with another number in it. check.py reads the number off a port's results ----
 

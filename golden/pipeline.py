@@ -24,7 +24,6 @@ HYPER = {                                                        # the hyper-par
 }
 TERMS = {name: losses.terms_of(losses.LOSSES[name]) for name in HYPER}  # the names of its tensors, in order
 
-
 # ---- Stages. The right choice of each is one line; the comment says what a wrong one would do ----
 
 def predicting_logits(logits):
@@ -86,7 +85,6 @@ def objective(loss):
 def reference_after_the_step(policy, reference):
     """The reference's parameters after the policy's step: as they were. Both are dicts by name."""
     return reference
-
 
 # ---- The whole way ----
 

@@ -10,11 +10,9 @@ from plumbing import ranks, report
 from plumbing.errors import ConfigError, RunError
 from plumbing.files import write_atomically, writing
 
-
 def paths_of(folder):
     """The checkpoints in a run's folder, the newest first."""
     return sorted(folder.glob("checkpoints/step-*.safetensors"), reverse=True)
-
 
 def save(folder, step, model, optimizer, state):
     """Write the checkpoint of a step and keep the last two. state is any JSON. A parameter that never had a
@@ -39,7 +37,6 @@ def save(folder, step, model, optimizer, state):
         for other in set(path.parent.iterdir()) - set(kept):  # what a kill left aside included
             other.unlink()
 
-
 def newest(folder):
     """(step, state, tensors by name) of the newest checkpoint that is whole. ConfigError for none."""
     for path in paths_of(folder):
@@ -51,7 +48,6 @@ def newest(folder):
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
             report.say(f"{path}: cannot be read ({e}); looking for an older checkpoint")
     raise ConfigError(f"{folder}: has no checkpoint that can be read; --overwrite starts anew")
-
 
 def load(folder, model, optimizer):
     """Restore the newest checkpoint -> (step, state)."""

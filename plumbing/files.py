@@ -15,7 +15,6 @@ from plumbing.errors import DataError, RunError
 
 COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}  # by the module that opens it
 
-
 def read_bytes(path):
     """A whole file, decompressed when its name ends in .gz, .xz or .bz2."""
     path = Path(path)
@@ -30,14 +29,12 @@ def read_bytes(path):
         raise DataError(f"{path}: a Git LFS pointer and not the file itself; run git lfs pull")
     return content
 
-
 def read_json_data(path):
     content = read_bytes(path)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: not JSON ({e})") from None
-
 
 # ---- What a run writes ----
 @contextmanager
@@ -47,7 +44,6 @@ def writing(path):
         yield
     except (OSError, SafetensorError) as e:
         raise RunError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
-
 
 @ranks.only_main
 def write_atomically(path, write):
@@ -62,7 +58,6 @@ def write_atomically(path, write):
         except BaseException:
             part.unlink(missing_ok=True)  # on a full disk it would take the room that others need
             raise
-
 
 def write_json(path, value):
     write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))

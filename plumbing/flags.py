@@ -19,14 +19,11 @@ from plumbing.folder import check_free, is_free, read_run
 ROOT = Path(__file__).resolve().parent.parent
 TOY = tuple(str(ROOT / "toy" / f) for f in ("reviews-train.jsonl", "reviews-heldout.jsonl", "toy.tiktoken"))
 
-
 def has_reference(loss):
     return any(name.startswith("ref_") for name in terms_of(loss))
 
-
 def is_pairwise(loss):
     return "rejected_logps" in terms_of(loss)
-
 
 # ---- argv -> what was typed -> Config ----
 def parse(Config, argv):
@@ -65,7 +62,6 @@ def parse(Config, argv):
             raise ConfigError(f"--aspect_weights: {e}") from None
     return typed
 
-
 def configure(Config, typed):
     """{name: value} -> Config. What was not typed is as in the run to resume, or as Config and the loss have
     it; SFT has defaults of its own."""
@@ -86,7 +82,6 @@ def configure(Config, typed):
         given = {"steps": Config.sft_steps, "lr": Config.sft_lr} | given
     fields = Config.__dataclass_fields__.keys() & given.keys()
     return Config(**{name: given[name] for name in fields}, settings=settings)
-
 
 # ---- Checks ----
 def check(cfg, typed):
@@ -122,13 +117,11 @@ def check(cfg, typed):
     if cfg.device:
         check_device(cfg)
 
-
 def refuse_unread(typed, unread):
     """unread: {flag: why nothing would read it}."""
     for name, why in unread.items():
         if name in typed:
             raise ConfigError(f"--{name}: would not be read, {why}; leave it out")
-
 
 def check_device(cfg):
     if not machine.usable(cfg.device):
@@ -140,7 +133,6 @@ def check_device(cfg):
         raise ConfigError(f"--device {cfg.device}: {local} ranks take a GPU each, of {gpus}; choose cuda and "
                           f"torchrun --nproc_per_node {gpus} at most, or cpu")
 
-
 def check_model(flag, name, model, cfg):
     """Refuse a model with too few positions, or that holds NaN."""
     if cfg.block_size > model.config.block_size:
@@ -148,7 +140,6 @@ def check_model(flag, name, model, cfg):
     for key, p in model.named_parameters():
         if not p.isfinite().all():
             raise ConfigError(f"--{flag} {name}: {key} holds NaN or infinity; choose an intact model")
-
 
 def check_tokens(flag, name, sizes, tokenizer):
     """Refuse a model for other ids than the tokenizer's. It may have more rows than its own tokenizer's text
@@ -159,7 +150,6 @@ def check_tokens(flag, name, sizes, tokenizer):
                           f"{tokenizer.vocab_size}; choose the tokenizer that it was trained with")
     if has_own and data.Tokenizer(name).hash != tokenizer.hash:
         raise ConfigError(f"--{flag} {name}: has another tokenizer, of other ids; choose one with this")
-
 
 # ---- The whole way ----
 def resolve(Config, argv):
@@ -195,7 +185,6 @@ def resolve(Config, argv):
         cfg = replace(cfg, **own)
     return for_machine(cfg, sizes.vocab_size if sizes else tokenizer.vocab_size), tokenizer
 
-
 def place_of_run(cfg):
     """--out_dir, or the first free one of out/LOSS, out/LOSS-2, ..., and why it is not the first."""
     name = f"out/{cfg.loss}"
@@ -211,7 +200,6 @@ def place_of_run(cfg):
     if out_dir not in (cfg.out_dir, name):
         report.say(f"{name} is taken: this run goes into {out_dir}; --overwrite --out_dir {name} replaces it")
     return out_dir
-
 
 def for_machine(cfg, vocab_size):
     """The Config with what the machine decides: precision, compilation, and how much is computed at once."""
@@ -230,7 +218,6 @@ def for_machine(cfg, vocab_size):
                    "to accuracy was seen; --dtype float32 is exact")
     return cfg
 
-
 def sft_before(cfg):
     """The Config of the SFT run that makes the start of a preference run without --init."""
     defaults = type(cfg)
@@ -238,7 +225,6 @@ def sft_before(cfg):
                    overwrite=False, sft_steps=defaults.sft_steps, sft_lr=defaults.sft_lr, aspect_weights=(),
                    rejected_weight=defaults.rejected_weight, eval_every=0, save_every=0,
                    log_every=max(cfg.log_every, 50))
-
 
 def read_sizes(flag, name):
     """The GPTConfig of --init or --ref, or None."""
@@ -252,7 +238,6 @@ def read_sizes(flag, name):
     except ModelError as e:
         raise ConfigError(f"--{flag}: {e}") from None
 
-
 def load_tokenizer(cfg):
     """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
     try:
@@ -261,7 +246,6 @@ def load_tokenizer(cfg):
         raise ConfigError(f"--tokenizer: {e}") from None
     own = data.Tokenizer(cfg.init) if cfg.init and vocab.is_in(cfg.init) else None
     return given or own or data.Tokenizer("gpt2" if cfg.data or cfg.init else TOY[2])
-
 
 def load_data(cfg, tokenizer):
     """(training pairs, held-out pairs), and what was read is printed."""

@@ -35,7 +35,6 @@ FREE = {*PATHS, "out_dir", "resume", "overwrite", "settings", "steps", "micro_ba
 RESULT = ("model.safetensors*", "model-*-of-*.safetensors", "config.json", "generation_config.json",
           "tokenizer.tiktoken", *vocab.OF_TRANSFORMERS)
 
-
 def read_run(folder):
     """run.json of a folder."""
     path = Path(folder) / "run.json"
@@ -49,14 +48,12 @@ def read_run(folder):
     except (ValueError, AttributeError, RecursionError) as e:
         raise ConfigError(f"{path}: damaged ({e}); start anew, with --overwrite or elsewhere") from None
 
-
 def full(path):
     """A path, or some, in full; names of models and tokenizers as they are."""
     if isinstance(path, tuple):
         return [full(p) for p in path]
     is_name = path in (None, *pretrained.NAMES, "bytes") or not Path(path).exists()  # of a model hub, say
     return path if is_name else str(Path(path).resolve())
-
 
 def open_model(name, vocab_multiple=1):
     """The GPT of a folder or a name; of a run that is not finished, with the weights of its newest
@@ -74,7 +71,6 @@ def open_model(name, vocab_multiple=1):
             p[:rows].copy_(tensors[f"model.{key}"][:rows])
     return model
 
-
 # ---- Which run is it? ----
 def identity_of(cfg, pairs, val, tokenizer, policy, reference):
     """All that determines the numbers of a run but its length: what --resume and a reused SFT compare. Policy
@@ -88,7 +84,6 @@ def identity_of(cfg, pairs, val, tokenizer, policy, reference):
                        "val_data": hashlib.sha256(b"".join(val.hashes(*fields))).hexdigest(),
                        "init": policy and weights_hash(policy), "ref": reference and weights_hash(reference)}
 
-
 def weights_hash(model):
     """One hash of a model's weights, whatever file they came from, without the rows that pad the table."""
     h = hashlib.sha256()
@@ -96,7 +91,6 @@ def weights_hash(model):
         p = p[:model.config.vocab_size] if name == "wte.weight" else p
         h.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
-
 
 def check_identity(folder, then, now):
     """Refuse to go on with a run as another one, naming the flags that differ."""
@@ -106,7 +100,6 @@ def check_identity(folder, then, now):
                for key, value in now.items() if then.get(key) != value]
     if differs:
         raise ConfigError(f"--resume: not the run in {folder}. " + "; ".join(differs))
-
 
 def place_of_sft(cfg, pairs, val, tokenizer):
     """The SFT run that makes the start of a preference run, in out/sft beside it, or in out/sft-HASH where
@@ -123,17 +116,14 @@ def place_of_sft(cfg, pairs, val, tokenizer):
     finished = run and run["finished"] is not None
     return dataclasses.replace(cfg, out_dir=str(folder), resume=bool(run)), finished
 
-
 # ---- May this folder be written to? ----
 def files_of(folder):
     """Names of the files in a folder, without what a run that was killed at its very start leaves."""
     return sorted(p.name for p in folder.glob("[!.]*") if p.is_file() and p.suffix != ".part")
 
-
 def is_free(folder):
     """True if the folder is absent or empty."""
     return not folder.exists() or folder.is_dir() and not files_of(folder)
-
 
 def check_free(folder, resume, overwrite):
     """Refuse a folder that holds something else, before any work."""
@@ -148,7 +138,6 @@ def check_free(folder, resume, overwrite):
     elif kept and not overwrite:
         raise ConfigError(f"--out_dir {folder}: holds a {read_run(folder)['config']['loss']} run; choose "
                           "--resume, --overwrite or another folder")
-
 
 def claim(folder, record, resume, overwrite):
     """Make the folder of a run, lock it against a second writer until the returned lock is released, and
@@ -176,7 +165,6 @@ def claim(folder, record, resume, overwrite):
     except BaseException:
         lock.release()
         raise
-
 
 # ---- A run ----
 class Run:
@@ -320,7 +308,6 @@ class Run:
         self.describe(policy)
         write_json(self.folder / "run.json", self.record | {"finished": self.cfg.steps})
         ranks.wait()  # the files are there before another rank reads them
-
 
 class Log:
     """log.jsonl, without what was logged after the step from which a run goes on; evaluations of that step

@@ -30,7 +30,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 ALIGN = 64  # rows of the embedding table are a multiple of it: aligned logits multiply faster, on CPUs too
 
-
 def tune_allocator():
     """For Linux CPUs, before the first tensor. glibc takes large buffers fresh from the kernel and gives them
     back when they are freed; the pages of a chunk's logits would be cleared anew for every chunk, a tenth of
@@ -40,10 +39,8 @@ def tune_allocator():
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
 
-
 def best_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
-
 
 def usable(device):
     """True if torch can compute on this device here."""
@@ -53,19 +50,16 @@ def usable(device):
     except (RuntimeError, AssertionError, ImportError, ValueError):
         return False
 
-
 def device_name(device):
     kind, threads = torch.device(device).type, torch.get_num_threads()
     if kind == "cuda":
         return torch.cuda.get_device_name(device)
     return kind.upper() + (f", {threads} thread{'s' if threads > 1 else ''}" if kind == "cpu" else "")
 
-
 def cannot_compile():
     """What torch.compile lacks here, or None: it needs a C++ compiler and Python's headers."""
     has_header = Path(sysconfig.get_path("include"), "Python.h").exists()
     return "g++" if not shutil.which("g++") else None if has_header else "Python.h"
-
 
 @functools.cache
 def compiled(function):
@@ -73,19 +67,16 @@ def compiled(function):
     torch._dynamo.config.recompile_limit = 32  # two models, with gradient and without, one row and more
     return torch.compile(function, dynamic=True)
 
-
 def compile_blocks(model):
     """torch.compile of a new model's blocks, in place: they share a graph, so depth costs no time."""
     torch._dynamo.config.recompile_limit = 32
     for block in model.h:
         block.compile(dynamic=True)
 
-
 def eager():
     """A context in which compiled blocks run as they are written: answers are of ever new lengths."""
     compiling = "torch._dynamo" in sys.modules  # importing it takes a second
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
-
 
 def peak_memory(device):
     """Bytes: the most that the GPU's allocator held, or the process's largest resident size, or NaN."""

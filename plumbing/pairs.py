@@ -24,10 +24,8 @@ from plumbing.vocab import EOT
 
 DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow)(\.(gz|xz|bz2))?$", re.IGNORECASE)
 
-
 class OtherForm(DataError):
     """A record that tools/convert.py may convert."""
-
 
 def only_file(path):
     """The file, or the one data file of a folder. DataError for a folder with none or several."""
@@ -40,7 +38,6 @@ def only_file(path):
         raise DataError(f"{path}: a folder of {len(files)} data files; name those that are meant: {names}")
     return files[0]
 
-
 def files_of(paths):
     """Files of the one format, and folders that hold exactly one data file -> the files."""
     for path in (files := [only_file(path) for path in paths]):
@@ -48,11 +45,9 @@ def files_of(paths):
             raise DataError(f"{path}: not the format that is read, .jsonl; {how_to_convert(path)}")
     return files
 
-
 def how_to_convert(path):
     out = Path(path).with_name(DATA_FILE.sub("", Path(path).name) + "-pairs.jsonl")
     return "convert it: " + shlex.join(["python", "tools/convert.py", str(path), "--out", str(out)])
-
 
 def lines_of(path, content):
     """(":line number", line) of each line that is not empty. U+2028 may stand in JSON and ends no line."""
@@ -62,7 +57,6 @@ def lines_of(path, content):
         raise DataError(f"{path}:{content[:e.start].count(10) + 1}: not UTF-8") from None
     bar = tqdm(lines, f"reading {path}", delay=2, leave=False, disable=None if sys.stderr else True)
     return ((f":{i}", line) for i, line in bar if line.strip())
-
 
 def parse_json(text):
     """The value of JSON in which no object has a key twice. DataError for anything else."""
@@ -75,7 +69,6 @@ def parse_json(text):
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as e:
         raise DataError(f"not JSON ({e})") from None
-
 
 def read(path, malformed, alone=False):
     """Yield (where, prompt, chosen, rejected) of each record: "file:line" and its id, text or messages, and
@@ -94,7 +87,6 @@ def read(path, malformed, alone=False):
         sides = ([("".join(text for text, _ in chosen), None)], None) if alone else (chosen, rejected)
         yield f"{path}{place}", prompt, *sides
 
-
 def read_prompts(path):
     """Prompts, strings or lists of messages, of a file of the one format, whose responses are not read; or of
     a .txt file or standard input ("-"), where a line that does not start with "{" is a prompt itself."""
@@ -112,7 +104,6 @@ def read_prompts(path):
         raise DataError("\n".join(listed(malformed)) or f"{path}: holds no prompt")
     return prompts
 
-
 def check(record, alone=False):
     """A record -> (prompt, chosen, rejected). alone: rejected may be missing, and is None then."""
     check_keys(record, "", ["prompt", "chosen"], ["id", "rejected"])
@@ -125,7 +116,6 @@ def check(record, alone=False):
         raise DataError(f"segments with {' and '.join(map(str, sorted(counts)))} scores in one pair")
     return check_prompt(record["prompt"]), *sides, *[None] * (2 - len(sides))
 
-
 def check_keys(x, place, needed, also=()):
     """x is an object that has the needed keys, and no others but these."""
     if not isinstance(x, dict):
@@ -136,13 +126,11 @@ def check_keys(x, place, needed, also=()):
     if missing := [key for key in needed if key not in x]:
         raise OtherForm(f'{place}{": " * bool(place)}no "{missing[0]}"')
 
-
 def check_text(text, place):
     if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
         found = "a lone surrogate" if isinstance(text, str) else type(text).__name__
         raise OtherForm(f'"{place}" must be text, found {found}')
     return text
-
 
 def check_prompt(prompt):
     for i, message in enumerate(prompt if isinstance(prompt, list) else ()):
@@ -154,7 +142,6 @@ def check_prompt(prompt):
         raise DataError('"prompt" must end in a message of the user')
     return prompt if isinstance(prompt, list) else check_text(prompt, "prompt")
 
-
 def check_response(response, key):
     segments = response if isinstance(response, list) else [{"text": check_text(response, key)}]
     for i, segment in enumerate(segments):
@@ -165,7 +152,6 @@ def check_response(response, key):
             raise DataError(f'"{key}[{i}].scores" must hold finite numbers >= 0, found {scores!r:.60}')
     return [(segment["text"], segment.get("scores") or None) for segment in segments]
 
-
 def describe(path, counts, dropped, block_size):
     """One line on a file: {"kept", "cut", "ended": how many pairs}, {reason: [where]} of those dropped."""
     cut, ended, n = counts["cut"], counts["ended"], sum(map(len, dropped.values()))
@@ -174,11 +160,9 @@ def describe(path, counts, dropped, block_size):
             + f", {cut} prompts cut at the front to fit block_size {block_size}" * bool(cut)
             + f", {ended} with a response that ends in {EOT}: remove it, it is added" * bool(ended))
 
-
 def some(places, path):
     """The first three places, without the file's name."""
     return ", ".join(place.removeprefix(f"{path}:") for place in places[:3]) + ", ..." * (len(places) > 3)
-
 
 def listed(malformed):
     """[(file, place, what)] -> lines for ten kinds of malformed records; equal ones share a line."""

@@ -27,7 +27,6 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out), 
 OWN = "termwise"  # model_type of an architecture that is not GPT-2
 GPT2 = [1.452804062, 1.139750698, 0.448809253, -0.390936372, -1.101065760]  # its fingerprint
 
-
 def fingerprint(cls, config):
     """What the code of a model computes: five logits of a small one with fixed weights, after 128 tokens."""
     small = replace(config, vocab_size=5, block_size=128, n_layer=2, n_head=4, n_embd=32)
@@ -37,10 +36,8 @@ def fingerprint(cls, config):
             p.copy_(0.3 * torch.arange(p.numel(), dtype=torch.float64).sin().view_as(p))
         return model.logits(model(torch.arange(128)[None] % 5))[0, -1]
 
-
 def is_equal(code, saved):  # 5e-6 lie between the two GELUs, 6e-8 between a LayerNorm's 1e-5 and 1e-6
     return torch.allclose(code, code.new_tensor(saved), rtol=0, atol=1e-8)
-
 
 def check_code(cls, config, folder):
     """The fingerprint of a class; ModelError where it is not that of the code which saved the folder."""
@@ -48,7 +45,6 @@ def check_code(cls, config, folder):
         return code
     raise ModelError(f"{folder}: model.py computes something else than the code that saved this model; open "
                      "it with that model.py")
-
 
 def file_views(model, code):
     """The parameters as views in the layout of the files, and True where that is GPT-2's, without
@@ -61,7 +57,6 @@ def file_views(model, code):
     if names != views.keys() or not is_equal(code, GPT2):
         return views, False
     return {name: w.T if name.endswith(CONV1D) else w for name, w in views.items()}, True
-
 
 def write(model, folder, eos=None):
     """config.json, generation_config.json, model.safetensors. eos is by default the last id, as in GPT-2."""
@@ -76,7 +71,6 @@ def write(model, folder, eos=None):
     part.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
     part.replace(folder / "model.safetensors")
 
-
 def write_config(model, folder, eos=None):
     """config.json and generation_config.json alone."""
     c, code = model.config, fingerprint(type(model), model.config)
@@ -89,7 +83,6 @@ def write_config(model, folder, eos=None):
                   **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)}
     write_json(Path(folder, "config.json"), config | stop)
     write_json(Path(folder, "generation_config.json"), stop | {"pad_token_id": stop["eos_token_id"]})
-
 
 def carry_over(start, folder):
     """Take into a saved model's folder what that of its start holds and training did not change: the two
@@ -109,7 +102,6 @@ def carry_over(start, folder):
     for name in names:
         shutil.copyfile(start / name, folder / name)
     return True
-
 
 def read(cls, config_class, name_or_folder, vocab_multiple=1):
     """The model of a folder, or one of NAMES. Weights become float32."""
@@ -139,11 +131,9 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
         view.copy_(weights[name])
     return model
 
-
 def folder_of(name):
     """A folder, or that of one of NAMES, which is downloaded first."""
     return download(name) if name in NAMES else Path(name)
-
 
 def load_config(folder, name="config.json"):
     """The object in a folder's config.json or generation_config.json."""
@@ -153,7 +143,6 @@ def load_config(folder, name="config.json"):
     except (OSError, ValueError, AttributeError, RecursionError) as e:
         raise ModelError(f"{path}: not the configuration of a GPT-2 ({getattr(e, 'strerror', None) or e}); a "
                          f"model is a folder with config.json, or a name: {', '.join(NAMES)}") from None
-
 
 def read_config(folder, config_class):
     """config.json -> GPTConfig. Weights cut short and what would change GPT-2's computation are refused."""
@@ -177,14 +166,12 @@ def read_config(folder, config_class):
             raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (only {allowed[0]!r})")
     return config
 
-
 def stops_of(folder):
     """The ids at which other programs end a text of this model."""
     for name in ("generation_config.json", "config.json"):
         if Path(folder, name).exists() and (eos := load_config(folder, name).get("eos_token_id")) is not None:
             return eos if isinstance(eos, list) else [eos]
     return []
-
 
 def read_weights(folder, names=None):
     """The tensors of model.safetensors, all or some."""
@@ -194,7 +181,6 @@ def read_weights(folder, names=None):
     except (OSError, ValueError, SafetensorError) as e:
         raise ModelError(f"{path}: missing, cut short, or not a safetensors file ({e}); pickles (.bin) and "
                          "shards are not read") from None
-
 
 def download(name):
     """Fetch a named model once, from $HF_ENDPOINT into $HF_HOME/termwise or ~/.cache/termwise: the folder.

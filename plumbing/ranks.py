@@ -23,14 +23,11 @@ import torch.nn.functional as F
 
 from plumbing.errors import ConfigError, RunError
 
-
 def rank():
     return int(os.environ["RANK"]) if world() > 1 else 0
 
-
 def world():
     return int(os.environ.get("WORLD_SIZE", 1))
-
 
 def only_main(function):
     """On rank 0 the function itself; on the others it does nothing and returns None."""
@@ -38,7 +35,6 @@ def only_main(function):
     def guarded(*args, **kwargs):
         return None if rank() else function(*args, **kwargs)
     return guarded
-
 
 def start(device):
     """Join the other ranks, and wait for all of them. A dead rank ends the run at once (its connections
@@ -50,28 +46,23 @@ def start(device):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30), device_id=gpu)
     wait()
 
-
 def wait():
     if world() > 1:
         dist.barrier()
 
-
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 def yield_to_main(seconds=5):
     """Wait, so that rank 0 reports the shared error first."""
     if rank():
         time.sleep(seconds)
 
-
 def shard(model):
     """Shard the weights over the ranks, in place."""
     if world() > 1:
         shard_over(model, world())
-
 
 def shard_over(model, n):
     """fully_shard; a frozen model's head stays whole: no backward will gather it again."""
@@ -86,12 +77,10 @@ def shard_over(model, n):
     if not trained:
         model.unshard()
 
-
 def reshard(model):
     """After an evaluation: give the whole weights back, so that parameters() are the shards again."""
     if world() > 1:
         model.reshard()
-
 
 def unshard(model):
     """Make all weights whole, on every rank, for good."""
@@ -99,7 +88,6 @@ def unshard(model):
         model.set_reshard_after_forward(False)
         for module in (model, *model.h):
             module.unshard()
-
 
 def share(index, cut):
     """The pairs of a step -> [(micro-batch, weight)] of this rank, the same number on every rank.
@@ -112,12 +100,10 @@ def share(index, cut):
     own = [(micro, 1) for micro in shares[rank()]]
     return own + [(order[-1:], 0)] * (max(map(len, shares)) - len(own))
 
-
 def reduce_gradients(model, now):
     """Gradients are summed over the ranks in the last backward of a step."""
     if world() > 1:
         model.set_requires_gradient_sync(now)
-
 
 def gather(terms, n):
     """{name: (pairs,)} of this rank's micro-batches -> of all n pairs, in the order of the step."""
@@ -131,7 +117,6 @@ def gather(terms, n):
     values = torch.stack(parts, -1).flatten(1)[:, :n]  # back from every world-th
     return dict(zip(terms, values, strict=True))
 
-
 def any_of(number):
     """The largest of the ranks' whole numbers or truth values, on every rank."""
     if world() == 1:
@@ -140,12 +125,10 @@ def any_of(number):
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
 
-
 def agree(signals):
     """The signals that arrived here -> the one on which all ranks act in the same step, or None."""
     number = any_of(int(signals[0]) if signals else 0)
     return signal.Signals(number) if number else None
-
 
 def on_main(function, *args):
     """Call on rank 0 alone, and return there what it returns; where that fails, every rank stops."""
@@ -158,11 +141,9 @@ def on_main(function, *args):
         raise error or RunError("rank 0 has stopped the run and says why")
     return result
 
-
 def whole(tensor):
     """A sharded tensor in one piece, on every rank."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
 
 def like(p, tensor):
     """A tensor of p's shape, sharded as p is."""

@@ -7,7 +7,6 @@ from data import move
 from plumbing import ranks
 from plumbing.files import write_atomically
 
-
 class Reference:
     """What the frozen model says of a batch, as keyword arguments of train.head."""
 
@@ -32,11 +31,9 @@ class Reference:
                 self.memory.write(batch.numbers, known)
         return {"ref_logps": move(known, batch.tokens.device)}
 
-
 def no_reference(batch, with_kl):
     """For a loss that has none."""
     return {}
-
 
 class Memory:
     """One number for each response token of the training pairs, in a memory-mapped file; NaN = not yet. The
@@ -71,7 +68,6 @@ class Memory:
 
     def write(self, numbers, values):
         self.values[self.places(numbers)] = values.numpy()
-
 
 def save(path, array):
     with open(path, "wb") as f:

@@ -16,17 +16,14 @@ from plumbing.errors import ConfigError, DataError, ModelError, RunError
 
 PROGRAM = "train.py"  # what goes on with a run; ports/huggingface.py puts its own name here
 
-
 @ranks.only_main
 def say(text):
     tqdm.write(text)
-
 
 def bar(items, name, *sizes, **options):
     """A progress bar, on a terminal only."""
     hidden = ranks.rank() or sys.stderr is None
     return tqdm(items, name, *sizes, **options, disable=True if hidden else None)
-
 
 # ---- A run's lines ----
 def header(cfg, policy, pairs, val):
@@ -38,12 +35,10 @@ def header(cfg, policy, pairs, val):
             "torch": torch.__version__,
             "device": f"{ranks.world()} ranks, {device}" if ranks.world() > 1 else device}
 
-
 def headline(cfg, about, first):
     line = (f"{cfg.loss} in {cfg.out_dir}: {about['parameters']:,} parameters, {about['pairs']} pairs, "
             f"{cfg.steps} steps of {cfg.batch_size}, {about['device']}, {cfg.dtype}")
     return line + (f", going on after step {first}" if first else "")
-
 
 def sft_first(cfg, folder, finished):
     if cfg.data:
@@ -51,7 +46,6 @@ def sft_first(cfg, folder, finished):
             "python train.py --init gpt2; for any other model: python ports/huggingface.py --init NAME")
     say(f"the start is the SFT model in {folder}, made by an earlier run" if finished else
         f"first a start, by SFT on the chosen responses, into {folder}")
-
 
 def check_start(m, cfg):
     """Policy and reference are one model: raise RunError unless the first evaluation shows it."""
@@ -63,7 +57,6 @@ def check_start(m, cfg):
     name = " = log 2" if abs(m["loss"] - math.log(2)) < 1e-6 else ""
     say(f"before the first step: loss {m['loss']:.4f}{name}, as it must be where the policy is the reference")
 
-
 def line_of(step, m):
     """One log line: the numbers of this step."""
     line = f"step {step:5d}  loss {m['loss']:.4f}"
@@ -73,7 +66,6 @@ def line_of(step, m):
         line += (f"  margin {m['rewards/margins']:+.3f}  "
                  f"log-ratio chosen {m['logratio/chosen']:+.2f} rejected {m['logratio/rejected']:+.2f}")
     return line + f"  |grad| {m['grad_norm']:.2f}  {m['pairs_per_s']:.0f} pairs/s"
-
 
 def remark(step, m, length):
     """One line on numbers that usually mean a mistake, or "". length: tokens of the mean chosen response."""
@@ -87,7 +79,6 @@ def remark(step, m, length):
                 "smaller --lr or a larger --beta slows it, dpop is made against it")
     return ""
 
-
 def held_out_line(m, note):
     line = f"  held-out: loss {m['loss']:.4f}, accuracy {m['rewards/accuracies']:.3f}"
     if "rewards/margins" in m and not note:
@@ -96,19 +87,16 @@ def held_out_line(m, note):
         note += ": both fall, which is common" if rejected < chosen < 0 else ""
     return f"{line}; {note}" if note else line
 
-
 def unhealthy_step(step, terms, norm, places):
     """Why a run stopped before an update that would have destroyed it; names the pairs."""
     more = f" and {len(places) - 8} more" if len(places) > 8 else ""
     return (f"step {step}: mean loss {terms['loss'].mean().item():g}, gradient norm {norm.item():g}; stopped "
             f"before the update. Pairs: {', '.join(places[:8])}{more}")
 
-
 def stopped(number, step, cfg):
     say(f"{number.name}: stopped after step {step} and saved; go on with\n"
         f"  python {PROGRAM} --resume --out_dir {shlex.quote(cfg.out_dir)}\n"
         "or, where this is the SFT before another run, with that run's command again")
-
 
 # ---- The end of a run ----
 
@@ -122,7 +110,6 @@ TABLE = {  # metric -> its name in the final table
     "kl/ref_policy_rejected": "KL(ref || policy) per rejected, nats",
 }
 
-
 def table(n, before, after):
     """The metrics over n held-out pairs, before and after."""
     say(f"\n{f'{n} held-out pairs':36}{'before':>10}{'after':>10}")
@@ -131,7 +118,6 @@ def table(n, before, after):
             name = name if "rewards/accuracies" in after else "loss per token, nats"
             say(f"{name:36}{before[metric]:10.4f}{after[metric]:10.4f}")
     say("")
-
 
 @ranks.only_main
 def answers(cfg, tokenizer, val, policy, reference):
@@ -142,7 +128,6 @@ def answers(cfg, tokenizer, val, policy, reference):
         for name, model in (("reference", reference), ("policy", policy)):
             say(f"{name:10} {answer(model, tokenizer, prompt, cfg.seed)}")
         say("")
-
 
 @ranks.only_main
 def answers_and_next(cfg, tokenizer, val, policy, reference):
@@ -158,7 +143,6 @@ def answers_and_next(cfg, tokenizer, val, policy, reference):
                  if getattr(cfg, name)]
         say(" ".join([f"next: python train.py --loss dpo --init {folder}", *files]))
 
-
 def answer(model, tokenizer, prompt, seed):
     """A sampled answer, temperature 0.7: the same for the same seed."""
     device = model.wte.weight.device
@@ -166,7 +150,6 @@ def answer(model, tokenizer, prompt, seed):
         tokens = model.generate(torch.tensor([prompt], device=device), 64, temperature=0.7, eos=tokenizer.eot,
                                 generator=torch.Generator(device).manual_seed(seed))
     return tokenizer.decode(t for t in tokens[0, len(prompt):].tolist() if t != tokenizer.eot).strip()
-
 
 @contextmanager
 def sampling(model, tokenizer):
@@ -179,7 +162,6 @@ def sampling(model, tokenizer):
     finally:
         model.config = config
 
-
 # ---- Errors ----
 def fail(program, message):
     """Bad input: one clear line (or the lines of a file that are wrong) and exit status 2."""
@@ -187,13 +169,11 @@ def fail(program, message):
     print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-
 ADVICE = {  # what is added to the traceback of an error that is not ours
     ("out of memory", "can't allocate memory"):
         "a smaller --head_tokens or --micro_batch_tokens needs less memory and changes no result",
     ("torch._dynamo", "torch._inductor", "triton"):
         "torch.compile failed: --no-compile --no-compile_head does without it"}
-
 
 @contextmanager
 def one_line_errors(program):

@@ -20,7 +20,6 @@ CHAT = (r'{% for m in messages %}{{ {"system": "\n\nSystem: ", "user": "\n\nHuma
         r'"assistant": "\n\nAssistant: "}[m["role"]] + m["content"] }}{% endfor %}'
         r'{% if add_generation_prompt %}{{ "\n\nAssistant:" }}{% endif %}')  # as data.Tokenizer.render
 
-
 def read(name_or_path):
     """"gpt2", "bytes", FILE.tiktoken or a folder -> ({token bytes: id}, the id of end-of-text)."""
     path = Path(name_or_path)
@@ -35,7 +34,6 @@ def read(name_or_path):
         raise DataError(f"tokenizer gpt2: not in tiktoken's cache, no download ({type(e).__name__}); set "
                         "TIKTOKEN_CACHE_DIR, or pass a folder with encoder.json and vocab.bpe") from None
     return {bpe.decode_single_token_bytes(i): i for i in range(bpe.eot_token)}, bpe.eot_token
-
 
 def write(folder, ranks, eot):
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja. transformers truncates texts to
@@ -58,12 +56,10 @@ def write(folder, ranks, eot):
                        ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
         (folder / name).write_text(text, encoding="utf-8")
 
-
 def splits_of(ids):
     """All ways to make a token of two: tiktoken joins the neighbours whose union has the lowest id."""
     return [[token[:i], token[i:]] for token in sorted(ids, key=ids.get) for i in range(1, len(token))
             if token[:i] in ids and token[i:] in ids]
-
 
 def read_tiktoken(path):
     """tiktoken caches local files by path and would not notice a rewrite, so they are read here."""
@@ -81,7 +77,6 @@ def read_tiktoken(path):
     if missing := sum(bytes([b]) not in ranks for b in range(256)):
         raise DataError(f"{path}: {missing} single bytes are missing; not every text could be encoded")
     return ranks, len(ranks)
-
 
 def read_folder(folder):
     """The vocabulary of a folder. Every file that transformers would read is read: what makes other ids than
@@ -109,7 +104,6 @@ def read_folder(folder):
         raise DataError(f"{folder}: {' and '.join(found)} hold different vocabularies; remove the wrong one")
     return next(iter(found.values()))
 
-
 def read_tokenizer_json(path):
     bpe = read_json_data(path)
     try:
@@ -135,11 +129,9 @@ def read_tokenizer_json(path):
                         "other ids")
     return check_merges(path, vocab, merges)
 
-
 def is_special(token):
     """Text becomes an added token that is not special: "a  b" with an added "  " has other ids."""
     return token.get("special") or token["content"] == EOT
-
 
 def check_config(path, has_tokenizer_json):
     """It may ask for other ids. Its class decides how text is split where there is no tokenizer.json."""
@@ -154,7 +146,6 @@ def check_config(path, has_tokenizer_json):
         raise DataError(f"{path}: not a tokenizer_config.json") from None
     if wrong:
         raise DataError(f"{path}: {', '.join(wrong)}: not GPT-2's; transformers would give other ids")
-
 
 def check_merges(path, vocab, merges):
     """tiktoken merges in the order of ids: refuse a vocabulary whose merges come in another order. A token
@@ -171,13 +162,11 @@ def check_merges(path, vocab, merges):
         raise DataError(f"{path}: its ids do not follow its merges, each once, as GPT-2's do")
     return ranks, eot
 
-
 def byte_characters():
     """GPT-2's printable stand-ins in vocabulary files: character -> byte."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
 
 def is_in(folder):
     """True if a model's folder holds a tokenizer too."""

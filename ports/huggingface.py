@@ -27,13 +27,11 @@ from plumbing import flags, folder, machine, ranks, report
 from plumbing.errors import ConfigError, RunError
 from ports import huggingface_setup as setup
 
-
 class Given(BaseModelOutput):
     """Output of a trunk: last_hidden_state; whatever else an architecture asks for is None."""
 
     def __getattr__(self, name):
         return None
-
 
 class Policy(torch.nn.Module):
     """A causal language model as train.py asks for it. setup.check_numbers sets `trunks` and `shared`."""
@@ -129,7 +127,6 @@ class Policy(torch.nn.Module):
             file.replace(Path(folder, file.name))
         aside.rmdir()
 
-
 class WithoutAdapters(torch.nn.Module):
     """The reference of a LoRA run: the policy with its adapters off. It has no weights of its own."""
     h, wte = (), property(lambda self: self.policy[0].wte)
@@ -145,7 +142,6 @@ class WithoutAdapters(torch.nn.Module):
     def logits(self, hidden, centered=False):
         with self.policy[0].peft[0].disable_adapter():
             return self.policy[0].logits(hidden, centered)
-
 
 def load(flag, name, cfg, eot):
     """A Policy, in the run's precision and on its device."""
@@ -168,7 +164,6 @@ def load(flag, name, cfg, eot):
     flags.check_model(flag, name, policy, cfg)
     return policy
 
-
 def add_adapters(policy, rank, seed):
     """Put LoRA adapters of this rank on all linear layers; only they are trained from here on."""
     import peft
@@ -184,7 +179,6 @@ def add_adapters(policy, rank, seed):
         sum(p.numel() for p in x.parameters()) for x in (policy, policy.model))
     report.say(f"adapters of rank {rank} on {len(layers) - fused} linear layers and {fused} tensors of fused "
                f"experts: {trained:,} of {every:,} parameters are trained")
-
 
 def models(cfg, rank, tokenizer, *data):
     """(policy, the reference's model or None, what train.run cannot know of the run's identity)."""
@@ -213,14 +207,12 @@ def models(cfg, rank, tokenizer, *data):
         machine.compile_blocks(model)
     return policy, ref, identity
 
-
 def ask(cfg, tokenizer, text):
     """Print an answer of --init to a text, which is a user's message where the model has a chat template."""
     prompt = [{"role": "user", "content": text}] if tokenizer.own.chat_template else text
     [ids], policy = tokenizer.encode_prompts([prompt]), load("init", cfg.init, cfg, tokenizer.eot)
     setup.choose_trunk(policy, torch.tensor([*ids, tokenizer.eot], device=cfg.device), 1e-3, "--init")
     report.say(report.answer(policy, tokenizer, ids, cfg.seed))
-
 
 def main(argv=None):
     machine.tune_allocator()
@@ -242,7 +234,6 @@ def main(argv=None):
             report.say(f"saved in {cfg.out_dir}: a folder of transformers, run.json, log.jsonl, checkpoints\n"
                        f"next: python ports/huggingface.py --init {shlex.quote(cfg.out_dir)} --ask 'Why?'")
         ranks.stop()
-
 
 if __name__ == "__main__":
     main()

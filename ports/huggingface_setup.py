@@ -17,7 +17,6 @@ from plumbing import flags, machine, ranks, vocab
 from plumbing.errors import ConfigError, DataError
 from plumbing.folder import read_run
 
-
 class Tokenizer(data.Tokenizer):
     """A tokenizer of transformers. Messages are rendered by its chat template, or as by the core where it has
     none; a string is taken as it stands, after begin-of-text if the model has one."""
@@ -87,10 +86,8 @@ class Tokenizer(data.Tokenizer):
             raise DataError(f"{messages[-1]['content'][:40]!r}: the model's chat template refuses this "
                             f"conversation ({e}); change the record") from None
 
-
 def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
-
 
 def loaded(kind, name, **kwargs):
     """From a folder, or from huggingface.co by name."""
@@ -101,12 +98,10 @@ def loaded(kind, name, **kwargs):
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(f"{name}: {one_line(e)}") from None
 
-
 def positions_of(config):
     """The most tokens that a model takes, where its config says."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else 2**31
-
 
 def resolve(argv):
     """argv -> (Config, rank of the adapters or 0, Tokenizer, the text of --ask or None)."""
@@ -137,18 +132,15 @@ def resolve(argv):
     tokenizer = Tokenizer(loaded(AutoTokenizer, cfg.init), "chosen_rewards" in terms_of(LOSSES[cfg.loss]))
     return flags.for_machine(cfg, tokenizer.vocab_size), own.lora or 0, tokenizer, own.ask
 
-
 # ---- Numbers decide: which trunk, which rows ----
 
 LIMIT = re.compile(r"window|chunk|top_?k|position|local|length|span|block|ctx|budget|extent")
-
 
 def limits(config):
     """The numbers in a config, at any depth, beyond which a model may compute something else."""
     items = list(config.items() if isinstance(config, dict) else enumerate(config))
     found = {x for key, x in items if type(x) is int and LIMIT.search(str(key))}
     return found.union(*(limits(x) for _, x in items if isinstance(x, dict | list)))
-
 
 def telling(pairs, limits):
     """The numbers of some pairs: the longest and the shortest by every length, and for each limit the
@@ -161,20 +153,17 @@ def telling(pairs, limits):
             found |= {int(np.where(over, row, row.max() + 1).argmin())} if over.any() else set()
     return found
 
-
 def tensors_of(model):
     """{name: tensor} of all that is saved, without the gathering that state_dict() does under torchrun."""
     unsaved = {f"{at}.{name}" for at, m in model.named_modules() for name in m._non_persistent_buffers_set}
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: x for name, x in every if name not in unsaved}
 
-
 def parts_of(module):
     """Parts of a model that may give the hidden states its head takes, most likely first."""
     decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
     found = decoder, *(getattr(module, name, None) for name in ("base_model", "model"))
     return [x for x in found if isinstance(x, torch.nn.Module) and x is not module]
-
 
 @torch.no_grad()
 def choose_trunk(policy, row, tolerance, name):
@@ -200,13 +189,11 @@ def choose_trunk(policy, row, tolerance, name):
             why = one_line(e)
     raise ConfigError(f"{name}: no part of it gives the hidden states that its head takes ({why})")
 
-
 @torch.no_grad()
 def plain_logps(model, rows):
     """[(ids, where the response begins)] -> the model's own log-probabilities, (N,), from one row each."""
     return torch.cat([token_logps(model(input_ids=row[None]).logits[0, at - 1:-1], row[at:])
                       for row, at in rows])
-
 
 def check_numbers(policy, parts, cfg, name):
     """Set policy.trunks and policy.shared by numbers: the log-probabilities of telling pairs, long and short

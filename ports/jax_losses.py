@@ -16,12 +16,10 @@ from jax.lax import stop_gradient
 
 # From logits (B, T, V) to sums
 
-
 def token_logps(logits, ids, response):
     """log pi(y_t | x, y_<t), (B, T), 0 outside the response (B, T), bool. ids (B, T)."""
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1)[..., 0]
     return jnp.pad(jnp.where(response[:, 1:], logps, 0), ((0, 0), (1, 0)))
-
 
 def token_kl(ref_logits, logits, response):
     """KL(pi_ref || pi) over the vocabulary where each response token is predicted, (B, T), 0 elsewhere."""
@@ -29,44 +27,34 @@ def token_kl(ref_logits, logits, response):
     kl = (jnp.exp(log_q) * jnp.where(log_q > -jnp.inf, log_q - log_s, 0)).sum(-1)  # a logit of -inf adds 0
     return jnp.pad(jnp.where(response[:, 1:], kl, 0), ((0, 0), (1, 0)))
 
-
 def segment_sums(values, segments, S):
     """(B, T) summed over each segment, (B, S). segments (B, T), -1 in none."""
     return jnp.einsum("bt,bts->bs", values, jax.nn.one_hot(segments, S, dtype=values.dtype))
 
-
 # The losses, (B,)
-
 
 def minus_log_sigmoid(h):
     return jax.nn.softplus(-h)
 
-
 def sft(logps_w):
     return -logps_w
-
 
 def dpo(rho_w, rho_l, *, beta=0.1):
     return minus_log_sigmoid(beta * (rho_w - rho_l))
 
-
 def dpop(rho_w, rho_l, *, beta=0.3, lam=50.0):
     return minus_log_sigmoid(beta * (rho_w - rho_l - lam * jax.nn.relu(-rho_w)))  # relu's slope at 0 is 0
-
 
 def tdpo1(rho_w, rho_l, kl_w, kl_l, *, beta=0.1):
     return minus_log_sigmoid(beta * (rho_w - rho_l) - beta * (kl_l - kl_w))
 
-
 def tdpo2(rho_w, rho_l, kl_w, kl_l, *, beta=0.1, alpha=0.5):
     return minus_log_sigmoid(beta * (rho_w - rho_l) - alpha * beta * (kl_l - stop_gradient(kl_w)))
-
 
 def vanilla(rho_w, rho_l, r_w, r_l, has_w, has_l, *, beta=0.1):
     """2D-DPO without groups. r_w, r_l (B, S), rewards; has_w, has_l (B, S), bool, where segments exist."""
     w, l_ = jnp.where(has_w, r_w * rho_w, 0), jnp.where(has_l, r_l * rho_l, 0)
     return minus_log_sigmoid(beta * (w.sum(-1) - l_.sum(-1)))
-
 
 def ascending(values, has):
     """Segments from the lowest value to the highest, absent ones last. Sorted values with a gap of at most
@@ -77,7 +65,6 @@ def ascending(values, has):
     rank = (jnp.diff(in_order, prepend=in_order[..., :1]) > 1e-5).cumsum(-1)
     return jnp.argsort(jnp.take_along_axis(rank, jnp.argsort(by_value, -1), -1), -1, stable=True)
 
-
 def selected(r_w, r_l, has_w, has_l):
     """Eq. 6's segments, (B, K) each: k-th best chosen, k-th worst rejected, and True for k < N."""
     best, worst = ascending(-r_w, has_w), ascending(r_l, has_l)
@@ -85,19 +72,16 @@ def selected(r_w, r_l, has_w, has_l):
     paired = jnp.arange(K) < jnp.minimum(has_w.sum(-1), has_l.sum(-1))[..., None]
     return best[..., :K], worst[..., :K], paired
 
-
 def group(rho_w, rho_l, r_w, r_l, has_w, has_l, *, beta=0.1):
     """2D-DPO, Eq. 6: a log-sigmoid for each pair of segments."""
     best, worst, paired = selected(r_w, r_l, has_w, has_l)
     h = jnp.take_along_axis(r_w * rho_w, best, -1) - jnp.take_along_axis(r_l * rho_l, worst, -1)
     return jnp.where(paired, minus_log_sigmoid(beta * jnp.where(paired, h, 0)), 0).sum(-1)
 
-
 # From a batch to a loss
 
 LOSSES = {"sft": sft, "dpo": dpo, "dpop": dpop, "tdpo1": tdpo1, "tdpo2": tdpo2, "2d-dpo-vanilla": vanilla,
           "2d-dpo": group}
-
 
 def sums(x, z, z_ref):
     """Everything that the losses are made of, for one side of the pairs, by name.
@@ -114,7 +98,6 @@ def sums(x, z, z_ref):
             "ref_segment_logps": segment_sums(ref_logps, segments, S),
             "rewards": (x["scores"] / x["aspect_max"]) @ x["aspect_weights"],
             "has": (segments[..., None] == jnp.arange(S)).any(1)}
-
 
 def loss_of(name, w, l_, **knobs):
     """A loss by name, (B,), from the sums of the chosen and of the rejected side."""

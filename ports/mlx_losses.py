@@ -18,7 +18,6 @@ import mlx.core as mx
 
 # From logits (B, T, V) to sums
 
-
 def exp(x):
     return mx.power(mx.array(math.e, x.dtype), x)
 
@@ -28,7 +27,6 @@ def log_softmax(z):
 
 def response_only(values, response):
     return mx.pad(mx.where(response[:, 1:], values, 0.0), ((0, 0), (1, 0)))  # (B, T), 0 outside the response
-
 
 def token_logps(logits, ids, response):
     """log pi(y_t | x, y_<t), (B, T), 0 outside the response (B, T), bool. ids (B, T)."""
@@ -45,7 +43,6 @@ def token_kl(ref_logits, logits, response):
 def segment_sums(values, segments, S):
     """(B, T) summed over each segment, (B, S). segments (B, T), -1 in none."""
     return mx.where(segments[..., None] == mx.arange(S), values[..., None], 0.0).sum(1)
-
 
 # The losses, (B,)
 
@@ -92,7 +89,6 @@ def group(rho_w, rho_l, r_w, r_l, has_w, has_l, *, beta):
     best, worst, paired = selected(r_w, r_l, has_w, has_l)
     h = mx.take_along_axis(r_w * rho_w, best, axis=-1) - mx.take_along_axis(r_l * rho_l, worst, axis=-1)
     return mx.where(paired, minus_log_sigmoid(beta * mx.where(paired, h, 0.0)), 0.0).sum(-1)
-
 
 LOSSES = {"sft": lambda logps_w: -logps_w, "dpo": dpo, "dpop": dpop, "tdpo1": tdpo1, "tdpo2": tdpo2,
           "2d-dpo-vanilla": vanilla, "2d-dpo": group}

@@ -4,7 +4,6 @@ import torch
 
 from losses import LOSSES, segment_sum, terms_of, token_kl, token_logps
 
-
 def preference_loss(name, logits, ref_logits, ids, segments, rewards=None, **knobs):
     """A loss of losses.py for B pairs, (B,): preference_loss("tdpo2", ..., beta=0.1, alpha=0.5).mean().
 

@@ -12,7 +12,6 @@ from plumbing import report
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it; tests send it
 
-
 @pytest.fixture(autouse=True, scope="session")
 def quick_ends():
     """test_folder.py puts its own fsync here and watches it."""

@@ -70,7 +70,6 @@ train --resume --out_dir out/dpo --steps 4
 sample out/dpo --prompt Review: --heat --max_new_tokens 8
 """
 
-
 @pytest.mark.slow
 def test_another_architecture_trains_resumes_samples_and_is_saved_by_editing_model_py_alone(tmp_path):
     """SFT, DPO, --resume to the same weights as without a pause, sample.py, and the folder read again."""

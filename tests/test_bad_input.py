@@ -82,7 +82,6 @@ FLAGS = [
 
 # ---- Model folders: what is done to a copy of a; words of the message, with --init model ----
 
-
 def edit(name, **changes):
     """Change keys of a JSON file; ... removes one."""
     def change(folder):
@@ -90,23 +89,18 @@ def edit(name, **changes):
         (folder / name).write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
     return change
 
-
 def put(name, content):
     return lambda folder: (folder / name).write_bytes(content)
-
 
 def remove(name):
     return lambda folder: (folder / name).unlink()
 
-
 def cut(name, size):
     return lambda folder: os.truncate(folder / name, size)
-
 
 def make_nan(folder):
     nan = {name: x * math.nan for name, x in load_file(folder / "model.safetensors").items()}
     save_file(nan, folder / "model.safetensors", {"format": "pt"})
-
 
 MODELS = [  # the rest: test_pretrained.py, test_vocab.py
     (cut("model.safetensors", 20_000), "model/model.safetensors: "),
@@ -120,13 +114,11 @@ MODELS = [  # the rest: test_pretrained.py, test_vocab.py
 
 # ---- Folders of runs: what is done to a copy of run; words of the message, with --resume --steps 3 ----
 
-
 def config_of(**changes):
     def change(folder):
         config = json.loads((folder / "run.json").read_text())["config"]
         edit("run.json", config={k: v for k, v in (config | changes).items() if v is not ...})(folder)
     return change
-
 
 RUNS = [
     (remove("run.json"), "run.json: No such file or directory; is model the folder of a run?"),
@@ -136,7 +128,6 @@ RUNS = [
     (config_of(loss="kto"), "--loss kto: choose from sft"), (config_of(init="gone"), "--init gone: no such"),
     (config_of(data=["gone.jsonl"]), "--data gone.jsonl: no such file"),
     (lambda f: [p.write_bytes(b"{}") for p in f.glob("checkpoints/*")], "model: has no checkpoint that ")]
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
@@ -166,10 +157,8 @@ def corpus(tmp_path_factory):
         train.main("--data good.jsonl --init a --out_dir run --steps 2 --batch_size 2 --save_every 1".split())
     return folder
 
-
 def listing(folder):
     return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*") if p.name != ".lock"}
-
 
 @pytest.fixture
 def refuse(corpus, monkeypatch, capsys):
@@ -190,19 +179,16 @@ def refuse(corpus, monkeypatch, capsys):
     for name in ("out", "sft", "out-2"):  # of a row that was accepted: the next one must not find it
         shutil.rmtree(corpus / name, ignore_errors=True)
 
-
 @pytest.mark.parametrize("flags, words", FLAGS, ids=[row[0][:40] for row in FLAGS])
 def test_a_bad_flag_or_file_or_name_is_one_line(flags, words, refuse):
     start = "--tokenizer bytes" if flags.startswith("init=none") else "--init a"
     flags = f"--data good.jsonl {start} --steps 1 {flags.removeprefix('init=none')}"
     refuse(flags if flags.endswith("--resume") else f"--out_dir out {flags}", words)
 
-
 def damaged_copy(corpus, name, change):
     shutil.rmtree(corpus / "model", ignore_errors=True)
     shutil.copytree(corpus / name, corpus / "model")
     change(corpus / "model")
-
 
 @pytest.mark.parametrize("number", range(len(MODELS)))
 def test_a_damaged_or_foreign_model_folder_is_refused(number, corpus, refuse):
@@ -210,13 +196,11 @@ def test_a_damaged_or_foreign_model_folder_is_refused(number, corpus, refuse):
     damaged_copy(corpus, "a", change)
     refuse("--data good.jsonl --out_dir out --init model", words)
 
-
 @pytest.mark.parametrize("number", range(len(RUNS)))
 def test_a_damaged_run_is_refused_and_left_as_it_is(number, corpus, refuse):
     change, words = RUNS[number]
     damaged_copy(corpus, "run", change)
     refuse("--resume --out_dir model --steps 3", words)
-
 
 @pytest.mark.parametrize("error, status, line", [
     (ConfigError("no"), 2, "train.py: error: no\n"), (DataError("no"), 2, "train.py: error: no\n"),

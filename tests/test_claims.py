@@ -27,7 +27,6 @@ pytestmark = pytest.mark.slow  # training: seconds
 
 RESULTS = ROOT / "experiments" / "results"
 
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The folder that `python experiments/weight.py` leaves, on a model of 8 channels and 4 steps."""
@@ -35,7 +34,6 @@ def tiny(tmp_path_factory):
     flags = ["--tiny", "--out", str(out), "--store", str(out / "runs")]
     common.main([weight], flags)
     return out, flags
-
 
 def test_finished_runs_are_taken_from_the_store(tiny, capsys):
     """A second call of one claim trains nothing and gives the same numbers, tables and figure."""
@@ -47,7 +45,6 @@ def test_finished_runs_are_taken_from_the_store(tiny, capsys):
     assert {"commit", "hardware", "cpu_s", "seeds", "command"} <= after.pop("made").keys()
     assert after == {name: x for name, x in before.items() if name != "made"}
     assert (out / "figures" / "weight.png").read_bytes().startswith(b"\x89PNG")
-
 
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.NAME)
 def test_a_claim_makes_tables_and_verdicts_of_its_runs(tiny, claim):
@@ -73,7 +70,6 @@ def test_a_claim_makes_tables_and_verdicts_of_its_runs(tiny, claim):
         assert {len(row) for row in t["rows"]} == {len(t["columns"])}
     assert all(row["claim"] and row["seen"] for row in said.get("verdicts", ()))
 
-
 def test_the_numbers_of_the_readme_are_those_of_the_json_files():
     """Every number stands in a block that --tables writes, and it would write nothing else: tables and
     verdicts are those of the numbers. The learning rate that is used is named beside the best one."""
@@ -89,7 +85,6 @@ def test_the_numbers_of_the_readme_are_those_of_the_json_files():
     for name in ("numerics", "optima", "bfloat16"):
         assert f"<!-- tables {name} -->\n*" in text
 
-
 def test_the_paired_interval_by_hand():
     """Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), Student's t of 2 degrees of freedom 4.303."""
     mean, half = common.mean_and_half([1.0, 2.0, 3.0])
@@ -103,14 +98,12 @@ def test_the_paired_interval_by_hand():
         d = np.array([1.0] + [-1.0 / (n - 1)] * (n - 1))
         assert common.p_value(d + t * d.std(ddof=1) / math.sqrt(n)) == pytest.approx(0.05, abs=1e-4)
 
-
 def test_bonferroni_says_how_many_comparisons_there_are_and_which_survive():
     """Two comparisons below 0.05 of three, one of them below 0.05 / 3."""
     rows = [{"claim": name, "seen": {"x": {"text": "…", "p": p}}} for name, p in zip("ABC", (0.01, 0.04, 0.5),
                                                                                      strict=True)]
     assert "Of 3 comparisons 2 have p < 0.05; Bonferroni asks for p < 0.017, and 1 survive:** A (x)." \
         in common.verdicts(rows)
-
 
 def test_rounding_is_within_its_bounds():
     """Sums in float64 and ties by gaps against what was before, on small sizes."""
@@ -123,7 +116,6 @@ def test_rounding_is_within_its_bounds():
         assert numerics.ties(replay.losses.ascending, dtype, 60) == (0, numerics.ties(
             numerics.grid_ascending, dtype, 60)[1])
 
-
 def test_optima_draws_the_policies_of_the_sixth_identity():
     """TDPO1's is pi_ref e^(Q_ref / beta): beta log pi(y)/pi_ref(y) = r(y) - V_ref - beta sum_t KL_t."""
     world = reference, p, r, q = optima.random_world(3)
@@ -131,7 +123,6 @@ def test_optima_draws_the_policies_of_the_sixth_identity():
     kl = {c: np.log(reference[c] @ np.exp(q[c] / 0.7)) - reference[c] @ q[c] / 0.7 for c in reference}
     seq_kl = np.array([sum(kl[y[:t]] for t in range(len(y))) for y in optima.responses()])
     np.testing.assert_allclose(ratio, r - p @ r - 0.7 * seq_kl, atol=1e-12)
-
 
 def test_the_best_within_a_budget_has_no_bias_of_a_maximum():
     """Candidates that differ by noise alone: the maximum is far too high, the cross-fitted best is not."""
@@ -143,7 +134,6 @@ def test_the_best_within_a_budget_has_no_bias_of_a_maximum():
         naive.append(max(p["halves"][0][0] for p in points[:-1]))
     assert abs(np.mean(found)) < 0.15 and np.mean(naive) > 1.5
 
-
 def test_the_reweighted_curve_is_equation_4():
     """On rewards 0 and 1, equally often, Eq. 4 has reward sigma(1/beta), and KL is that of two Bernoullis."""
     points = frontier.reweighted([0.0, 1.0] * 500, least_ess=100)
@@ -152,7 +142,6 @@ def test_the_reweighted_curve_is_equation_4():
         assert p["reward"] == pytest.approx(q, abs=1e-9)
         kl = q * math.log(2 * q) + (1 - q) * math.log(2 * (1 - q) + 1e-300)
         assert p["kl"] == pytest.approx(kl, abs=1e-6)
-
 
 @pytest.fixture(scope="module")
 def two_models():
@@ -164,7 +153,6 @@ def two_models():
         models.append(GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 8)))
         torch.nn.init.normal_(models[-1].wte.weight, std=0.3)
     return *models, tokenizer
-
 
 def test_the_kl_of_samples_is_unbiased(two_models):
     """The Rao-Blackwellised KL agrees with the samples' mean log pi - log pi_ref, and is 0 of itself."""

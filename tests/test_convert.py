@@ -28,19 +28,15 @@ SYSTEM_P = "\n\nSystem: Be kind" + P
 PAIR = {"chosen": "Yes", "rejected": "No"}
 YES_NO = (P, " Yes", " No")
 
-
 def turns(*texts, first="user"):
     roles = ("user", "assistant") if first == "user" else ("assistant", "user")
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
-
 def says(*texts):
     return turns(*texts, first="assistant")
 
-
 def sharegpt(*turns):
     return [{"from": role, "value": text} for role, text in turns]
-
 
 def trained_on(record, **flags):
     """The texts that the converted record gives, as pairs.py and data.py read it."""
@@ -49,17 +45,14 @@ def trained_on(record, **flags):
     [one] = texts_of([data.encode_pair(BYTES, *text, 1000)])
     return one[:2 if "rejected" not in made else 3]
 
-
 def run(tmp_path, capsys, *arguments, out="out.jsonl"):
     """-> (exit status, standard output, standard error) without the folder's name."""
     status = convert.main([*map(str, arguments), "--out", str(tmp_path / out)])
     printed = capsys.readouterr()
     return status, printed.out.replace(f"{tmp_path}/", ""), printed.err.replace(f"{tmp_path}/", "")
 
-
 def texts(*paths, alone=False):
     return texts_of(data.load(paths, BYTES, 1000, alone)[0])
-
 
 # ---------------------------------------------------------------------------------------------------------
 # What is read
@@ -75,15 +68,12 @@ EXPECTED = dict.fromkeys(RECORDS, YES_NO) | {  # the forms that tools/README.md 
     **dict.fromkeys(["completions", "responses", "outputs"], ("Q ", "A")),
     "conversations": (AB, " Yes"), "ShareGPT conversations": (P, " Yes")}
 
-
 @pytest.mark.parametrize("form", RECORDS)
 def test_each_form_that_the_readme_shows_gives_the_texts_that_it_means(form):
     assert len(RECORDS) == 23
     assert trained_on(RECORDS[form]) == trained_on(RECORDS[form] | {"id": 7}) == EXPECTED[form]
 
-
 ROLES = [{"from": role, "value": "Hi"} for role in ("user", "human", "Human", "USER", "prompter")]
-
 
 @pytest.mark.parametrize("record, expected", [
     # the prompt is what both sides share
@@ -135,7 +125,6 @@ ROLES = [{"from": role, "value": "Hi"} for role in ("user", "human", "Human", "U
 def test_what_is_read_is_what_is_meant(record, expected):
     assert trained_on(record) == expected
 
-
 def test_keys_without_meaning_are_left_out_and_counted_and_an_id_is_kept():
     keys = """source prompt_id url timestamp created_at dataset split category language chosen_model
         sha256 rejected-model model_name prompt_tokens num_tokens chosen_length conversationId _id uuid"""
@@ -143,7 +132,6 @@ def test_keys_without_meaning_are_left_out_and_counted_and_an_id_is_kept():
     made = converter.convert(pair(**dict.fromkeys(keys.split(), "x"), metadata={"url": "x"}, id="a"))
     assert made == pair(id="a") and converter.left_out == dict.fromkeys([*keys.split(), "metadata"], 1)
     assert convert.Converter(drop=["id"]).convert(pair(id=7)) == converter.convert(pair(id=[7])) == pair()
-
 
 # ---------------------------------------------------------------------------------------------------------
 # What is refused
@@ -153,10 +141,8 @@ TEACHER = {"role": "assistant", "content": "Yes"}
 MEANT = 'perhaps part of what is meant, and not read: "{0}"; without it: --drop {1}'
 SWITCHED = '"{}" says not to train on it'
 
-
 def with_answer(**more):
     return CHAT | {"chosen": TEACHER | more}
-
 
 @pytest.mark.parametrize("record, message", [
     # part of an answer or of the record that would be lost
@@ -229,7 +215,6 @@ def test_what_would_be_lost_or_misread_is_refused_in_one_line(record, message):
         convert.Converter().convert(record)
     assert message in str(e.value) and "\n" not in str(e.value)
 
-
 @pytest.mark.parametrize("record, reason", [
     (pair(score_chosen=1, score_rejected=2), 'a "score_chosen" that is not above "score_rejected"'),
     (pair(score_chosen=2, score_rejected=2), 'a "score_chosen" that is not above'),
@@ -252,14 +237,12 @@ def test_ties_and_contradictions_are_refused_or_dropped_by_a_flag(tmp_path, caps
     assert status == 0 and "d.jsonl: dropped 2 with " in out and reason in out and "(1, 3)" in out
     assert texts(tmp_path / "out.jsonl") == [("Q", "good", "bad")]
 
-
 @pytest.mark.parametrize("form, swapped", [
     ("SHP", {"labels": "1"}), ("SafeRLHF", {"better_response_id": 0}), ("AlpacaEval", {"preference": 1.2}),
     ("HelpSteer2", {"preference_strength": -1}), ("HelpSteer3", {"overall_preference": "1"}),
     ("rankings", {"scores": ["3", 4.5, 1]})])
 def test_the_other_preference_exchanges_the_responses(form, swapped):
     assert trained_on(RECORDS[form] | swapped) == (P, " No", " Yes")
-
 
 def test_keys_are_renamed_and_dropped_as_the_flags_say(tmp_path, capsys):
     rows = [{"question": "Q", "good_answer": "a", "bad_answer": "b", "source": "x", "system": {"y": 1}}] * 2
@@ -276,7 +259,6 @@ def test_keys_are_renamed_and_dropped_as_the_flags_say(tmp_path, capsys):
         status, _, error = run(tmp_path, capsys, tmp_path / "d.jsonl", "--overwrite", *flags, *more)
         assert status == 2 and message in error
 
-
 def test_of_labelled_completions_the_true_ones_are_kept_where_the_flag_says_so(tmp_path, capsys):
     rows = [{"prompt": f"Q{i}", "completion": "a", "label": x} for i, x in enumerate([True, "false", 1, 0])]
     path = write(tmp_path / "d.jsonl", *rows)
@@ -288,7 +270,6 @@ def test_of_labelled_completions_the_true_ones_are_kept_where_the_flag_says_so(t
         with pytest.raises(DataError, match='--label x: needs one response and a "x", true or false'):
             convert.Converter(label="x").convert(record)
 
-
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
@@ -298,11 +279,9 @@ JSONL = "".join(json.dumps(record) + "\n" for record in ROWS).encode()
 ARRAY = json.dumps(ROWS, indent=1).encode()
 BOM = b"\xef\xbb\xbf"
 
-
 def csv_of(records, delimiter=","):
     rows = records[0], *map(dict.values, records)
     return "\r\n".join(delimiter.join('"' + x.replace('"', '""') + '"' for x in row) for row in rows).encode()
-
 
 @pytest.mark.parametrize("name, content, flags", [
     ("a.jsonl", JSONL, []), ("a.json", ARRAY, []), ("A.JSON", BOM + ARRAY, []), ("no_ending", JSONL, []),
@@ -315,7 +294,6 @@ def test_the_same_pairs_come_from_every_container(tmp_path, capsys, name, conten
     (tmp_path / name).write_bytes(content)
     assert run(tmp_path, capsys, tmp_path / name, *flags)[0] == 0
     assert texts(tmp_path / "out.jsonl") == TEXTS[:1 if name == "one.json" else 3]
-
 
 def test_parquet_and_arrow_need_pyarrow_and_without_it_a_line_says_so(tmp_path, capsys, monkeypatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -333,7 +311,6 @@ def test_parquet_and_arrow_need_pyarrow_and_without_it_a_line_says_so(tmp_path, 
     error = run(tmp_path, capsys, tmp_path / "a.arrow", "--overwrite")[2]
     assert "needs pyarrow: pip install pyarrow" in error
 
-
 @pytest.mark.parametrize("show", [json.dumps, repr])
 @pytest.mark.parametrize("record, expected", [
     (pair(turns("Hi"), says("Yes, it's"), says("No")), (P, " Yes, it's", " No")),
@@ -350,7 +327,6 @@ def test_a_cell_is_parsed_only_where_a_form_wants_a_list(tmp_path, capsys, show,
     if show is json.dumps and isinstance(record.get("prompt"), list):  # else the column stays text
         (tmp_path / "a.csv").write_bytes(csv_of([row, row | {"chosen": "[see below"}]))
         assert [r["chosen"] for _, r in records.read(tmp_path / "a.csv")][1] == "[see below"
-
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", b"prompt;chosen\na;b\n", "one column, \"prompt;chosen\"; if that is several: --delimiter ';'"),
@@ -374,7 +350,6 @@ def test_a_file_that_cannot_be_read_or_any_bad_record_is_named_and_nothing_is_wr
     assert status == 2 and message in error and out == "" and len(error.splitlines()) <= 2
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
-
 def test_of_a_folder_each_file_that_is_meant_is_named_and_errors_name_the_original_place(tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -389,7 +364,6 @@ def test_of_a_folder_each_file_that_is_meant_is_named_and_errors_name_the_origin
     assert lines[0].startswith("convert: data/bad.jsonl:2: per") and lines[0].endswith("(and 2 more like it)")
     assert lines[10:] == ["... and 3 more", "nothing is written, for 15 of 19 records are refused"]
     assert len(texts(tmp_path / "out.jsonl")) == 6  # as it was
-
 
 @pytest.mark.parametrize("arguments, message", [
     (["a.jsonl", "--out", "a.jsonl"], "--out a.jsonl: is one of the files to convert"),
@@ -410,7 +384,6 @@ def test_a_bad_flag_is_one_line_and_no_file_is_touched(tmp_path, capsys, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "old.jsonl"]
     assert Path("old.jsonl").read_bytes() == LINES
 
-
 @pytest.mark.parametrize("form, key, loss", [
     ("questions", "question", "dpo"), ("scored segments", "prompt", "2d-dpo"), ("outputs", "prompt", "sft")])
 def test_the_last_line_trains(tmp_path, capsys, monkeypatch, model_a, form, key, loss):  # noqa: F811
@@ -422,10 +395,8 @@ def test_the_last_line_trains(tmp_path, capsys, monkeypatch, model_a, form, key,
     train.main([*flags, "--init", str(model_a), "--steps", "1", "--device", "cpu"])
     assert "5 are left to train on" in capsys.readouterr().out
 
-
 # ---------------------------------------------------------------------------------------------------------
 # HH's transcripts
-
 
 def test_turns_are_messages_that_render_to_the_same_text_or_are_refused():
     for prompt, yes in ((P, " Yes"), (AB, "  Yes"), (SYSTEM_P, " Yes\n")):
@@ -435,7 +406,6 @@ def test_turns_are_messages_that_render_to_the_same_text_or_are_refused():
     for prompt, yes in ((P, "Yes"), ("x" + P, " Yes"), (P, " Yes\n\nHuman: B"), (P.replace(": ", ":"), " A")):
         with pytest.raises(convert.Unclear, match="do not render to the same text"):
             convert.Converter(turns=True).convert({"chosen": prompt + yes, "rejected": prompt + " No"})
-
 
 @real_data
 @pytest.mark.slow

@@ -16,9 +16,7 @@ from data import Pair, collate, predicting_columns
 BYTES = data.Tokenizer("bytes")
 EOT = 256
 
-
 # ---- Helpers ----
-
 
 def make_pair(prompt, chosen, rejected, chosen_segment=None, rejected_segment=None, chosen_scores=None,
               rejected_scores=None):
@@ -32,13 +30,11 @@ def make_pair(prompt, chosen, rejected, chosen_segment=None, rejected_segment=No
     return Pair(ints(prompt), ints(chosen), ints(rejected), ints(chosen_segment, [0] * len(chosen)),
                 ints(rejected_segment, [0] * len(rejected)), scores(chosen_scores), scores(rejected_scores))
 
-
 def encode(chosen, rejected="x", prompt="Q", block_size=1000, tokenizer=BYTES):
     """Sides are texts, or lists of segments (text, score, ...)."""
     sides = [[(side, None)] if isinstance(side, str) else [(text, scores) for text, *scores in side]
              for side in (chosen, rejected)]
     return data.encode_pair(tokenizer, prompt, *sides, block_size)
-
 
 @pytest.fixture
 def merging(tmp_path):
@@ -48,15 +44,12 @@ def merging(tmp_path):
     (tmp_path / "v.tiktoken").write_bytes(b"".join(lines))
     return data.Tokenizer(tmp_path / "v.tiktoken")
 
-
 TWO_PAIRS = [
     make_pair([1, 2, 3], [4, 5, 0], [6, 0], [0, 0, 1], [0, 0], [[2, 8], [4, 6]], [[1, 3]]),
     make_pair([1], [7, 0], [8, 9, 0], [0, 0], [1, 1, 1], [[5, 5]], [[9, 9], [7, 7]]),  # rejected: 0 is empty
 ]
 
-
 # ---- collate ----
-
 
 def test_a_pair_is_one_row_prompt_chosen_rejected_and_both_responses_continue_the_prompt():
     batch = collate(TWO_PAIRS)
@@ -73,7 +66,6 @@ def test_a_pair_is_one_row_prompt_chosen_rejected_and_both_responses_continue_th
         [0, 1, 1, 2, 2, 2, 3, 3],
     ]
     assert len(batch) == 2 and batch.length.tolist() == [[3, 2], [2, 3]] and batch.weight == 1
-
 
 def test_a_token_sees_the_prompt_and_its_own_branch_up_to_itself():
     mask = collate(TWO_PAIRS).mask()
@@ -102,7 +94,6 @@ def test_a_token_sees_the_prompt_and_its_own_branch_up_to_itself():
         "x.....xx",
     ]
 
-
 @pytest.mark.parametrize("P, C, R, columns", [
     (3, 2, 2, [2, 3] + [2, 5]),  # row p p p c c r r: the last prompt token predicts both first tokens
     (2, 3, 1, [1, 2, 3] + [1]),
@@ -112,7 +103,6 @@ def test_a_token_sees_the_prompt_and_its_own_branch_up_to_itself():
 ])
 def test_the_column_before_predicts_a_token_and_the_last_prompt_token_both_first_tokens(P, C, R, columns):
     assert predicting_columns(P, C, R).tolist() == columns
-
 
 def test_the_response_tokens_are_listed_flat_with_the_place_that_predicts_each():
     batch = collate(TWO_PAIRS)
@@ -125,7 +115,6 @@ def test_the_response_tokens_are_listed_flat_with_the_place_that_predicts_each()
     assert batch.segment.tolist() == [0, 0, 1, 2, 2, 4, 4, 7, 7, 7]  # response * 2 + segment
     assert batch.starts == [0, 5, 10]
 
-
 def test_scores_stand_by_pair_side_and_segment_and_a_segment_without_a_token_is_masked():
     batch = collate(TWO_PAIRS)
     assert batch.scores.tolist() == [
@@ -137,14 +126,12 @@ def test_scores_stand_by_pair_side_and_segment_and_a_segment_without_a_token_is_
         [[True, False], [False, True]],  # the rejected response's first segment owns no token
     ]
 
-
 def test_rows_are_padded_to_a_multiple_and_nothing_else_changes():
     plain, padded = collate(TWO_PAIRS), collate(TWO_PAIRS, multiple=5)
     assert plain.tokens.shape == (2, 8) and padded.tokens.shape == (2, 10)
     assert torch.equal(padded.tokens[:, :8], plain.tokens) and padded.branch[:, 8:].eq(data.PADDING).all()
     for name in ("source", "target", "response", "segment", "scores", "segment_mask", "length", "pair"):
         assert torch.equal(getattr(padded, name), getattr(plain, name)), name
-
 
 def test_a_row_of_sft_is_a_causal_row_of_prompt_and_chosen():
     pairs = data.pack(TWO_PAIRS).without_scores(chosen_only=True)
@@ -159,7 +146,6 @@ def test_a_row_of_sft_is_a_causal_row_of_prompt_and_chosen():
     assert batch.starts == [0, 3, 5] and batch.length.tolist() == [[3, 0], [2, 0]]
     assert batch.mask() is None
 
-
 def test_chunks_are_whole_pairs_in_order_with_at_most_that_many_tokens_or_one_pair():
     pairs = [make_pair([1], [2] * c, [3] * r) for c, r in ((3, 2), (1, 2), (6, 6), (1, 1), (1, 1))]
     batch = collate(pairs)  # response tokens per pair: 5 3 12 2 2; they start at 0 5 8 20 22 24
@@ -173,20 +159,16 @@ def test_chunks_are_whole_pairs_in_order_with_at_most_that_many_tokens_or_one_pa
     assert chunks(8) == [((0, 2), (0, 8)), ((2, 3), (8, 20)), ((3, 5), (20, 24))]
     assert chunks(10**9) == [((0, 5), (0, 24))]
 
-
 # ---- pair_terms: sums by hand. Token n has log-probability 2^n: every sum says which tokens are in it ----
 
 LOGPS = 2.0 ** torch.arange(10, dtype=torch.float64)  # 1 2 4 | 8 16 || 32 64 | 128 256 512
-
 
 def terms_of(batch, pairs, logps, ref_logps=None, kl=None, **more):
     tokens = {"logps": logps, "ref_logps": ref_logps, "kl": kl}
     return data.pair_terms(batch, pairs, **{k: x for k, x in tokens.items() if x is not None}, **more)
 
-
 def lists(terms):
     return {name: value.tolist() for name, value in terms.items()}
-
 
 def test_without_scores_the_terms_are_sums_over_the_responses_and_their_lengths():
     batch = collate(list(data.pack(TWO_PAIRS).without_scores()))
@@ -196,7 +178,6 @@ def test_without_scores_the_terms_are_sums_over_the_responses_and_their_lengths(
         "chosen_seq_kl": [700, 9600], "rejected_seq_kl": [2400, 89600],
         "chosen_length": [3, 2], "rejected_length": [2, 3],
     }
-
 
 def test_with_scores_the_terms_are_sums_over_the_segments_with_rewards_and_masks():
     terms = terms_of(collate(TWO_PAIRS), slice(0, 2), LOGPS, 10 * LOGPS, 100 * LOGPS)
@@ -210,13 +191,11 @@ def test_with_scores_the_terms_are_sums_over_the_segments_with_rewards_and_masks
     }
     assert terms["chosen_rewards"].dtype == torch.float64  # a run in float64 has its rewards in float64
 
-
 @pytest.mark.parametrize("weights", [(0.25, 0.75), torch.tensor([0.25, 0.75]), np.array([0.25, 0.75])])
 def test_aspect_weights_weigh_the_scores(weights):
     terms = terms_of(collate(TWO_PAIRS), slice(0, 2), LOGPS, None, None, aspect_weights=weights)
     assert terms["chosen_rewards"].tolist() == [[0.25 * 2 + 0.75 * 8, 0.25 * 4 + 0.75 * 6], [5, 0]]
     assert terms["rejected_rewards"].tolist() == [[0.25 * 1 + 0.75 * 3, 0], [9, 7]]
-
 
 @pytest.mark.parametrize("ref_logps, kl, absent", [
     (None, None, ["ref_chosen_logps", "ref_rejected_logps", "chosen_seq_kl", "rejected_seq_kl"]),
@@ -228,7 +207,6 @@ def test_what_is_not_known_is_not_among_the_terms_and_the_rest_is_the_same(ref_l
                        for rest in ((LOGPS, LOGPS), (ref_logps, kl)))
         assert some == {name: value for name, value in every.items() if name not in absent}
         assert len(every) - len(some) == len(absent)
-
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_a_slice_in_the_middle_of_a_batch_gives_the_terms_of_its_pairs_alone(scored):
@@ -244,28 +222,23 @@ def test_a_slice_in_the_middle_of_a_batch_gives_the_terms_of_its_pairs_alone(sco
     assert middle["chosen_logps"].tolist() == ([[32 + 64, 128]] if scored else [32 + 64 + 128])
     assert middle["rejected_logps"].tolist() == ([[256 + 512, 0]] if scored else [256 + 512])
 
-
 def test_the_sums_pass_gradients_to_their_tokens():
     logps = LOGPS.clone().requires_grad_()
     terms = terms_of(collate(TWO_PAIRS), slice(0, 2), logps, None, None)
     (terms["chosen_logps"][0, 1] + 3 * terms["rejected_logps"][1, 1]).backward()
     assert logps.grad.tolist() == [0, 0, 1, 0, 0, 0, 0, 3, 3, 3]
 
-
 # ---- Texts -> a pair: what is cut and what is not, which segment owns a token ----
-
 
 def test_a_token_belongs_to_the_segment_of_its_last_byte_and_end_of_text_to_the_last_segment(merging):
     p = encode([("ab",), ("cd",)], tokenizer=merging)
     assert p.chosen.tolist() == [ord("a"), 256, ord("d"), 257]  # tokenised whole, not segment by segment
     assert p.chosen_segment.tolist() == [0, 1, 1, 1]  # "bc" begins in segment 0 and ends in segment 1
 
-
 def test_segments_are_counted_in_bytes_not_in_characters():
     p = encode([("é",), ("ü!",), ("日",)])
     #                                  é     ü     !  日          eot
     assert p.chosen_segment.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
-
 
 def test_messages_are_rendered_and_their_responses_get_a_lead_that_the_first_segment_owns():
     messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
@@ -277,18 +250,15 @@ def test_messages_are_rendered_and_their_responses_get_a_lead_that_the_first_seg
         assert BYTES.decode(p.chosen) == " " + BYTES.decode(plain.chosen) and (p.prompt == plain.prompt).all()
         assert p.chosen_segment.tolist() == owners and BYTES.decode(p.rejected) == " x<|endoftext|>"
 
-
 def test_for_sft_no_rejected_response_is_kept():
     [p] = data.encode_pairs(BYTES, [("f:1", "Q", [("a", None)], None)], 10)
     assert p.chosen.tolist() == [ord("a"), EOT] and collate([p]).length.tolist() == [[2, 0]]
     assert len(p.rejected) == len(p.rejected_segment) == len(p.rejected_scores) == 0
 
-
 def test_an_empty_segment_owns_no_token_and_is_masked_but_the_last_one_owns_end_of_text():
     p = encode([("a", 1), ("", 2), ("b", 3), ("", 4)], [("x", 1)])
     assert p.chosen_segment.tolist() == [0, 2, 3]
     assert collate([p]).segment_mask[0, 0].tolist() == [True, False, True, True]
-
 
 def test_a_prompt_loses_its_front_and_a_response_never_anything():
     p = encode("12345", "123", prompt="abcdefgh", block_size=10)
@@ -296,11 +266,9 @@ def test_a_prompt_loses_its_front_and_a_response_never_anything():
     assert BYTES.decode(p.chosen) == "12345<|endoftext|>" and BYTES.decode(p.rejected) == "123<|endoftext|>"
     assert collate([p]).positions.max() == 9  # the last of a block of 10, though the row has 14 columns
 
-
 def test_an_empty_prompt_becomes_one_unscored_end_of_text():
     p = encode("a", prompt="")
     assert p.prompt.tolist() == [EOT] and collate([p]).target.tolist() == [ord("a"), EOT, ord("x"), EOT]
-
 
 def test_pairs_that_cannot_be_used_are_returned_by_reason_in_their_place():
     sides = [("good", "bad"), (" \n", "bad"), ("a", "\u00a0"), ("same", "same"), ("x" * 9, "y"),
@@ -315,16 +283,13 @@ def test_pairs_that_cannot_be_used_are_returned_by_reason_in_their_place():
     with pytest.raises(data.UnusablePair, match="identical responses"):
         encode("x", "x")
 
-
 # ---------------------------------------------------------------------------------------------------------
 # Pairs
-
 
 def test_a_data_set_with_one_unscored_pair_counts_as_unscored():
     packed = data.pack([*TWO_PAIRS, make_pair([1], [2, 0], [3, 0])])
     assert packed.n_aspects == 0
     assert [p.chosen_scores.shape for p in packed] == [(2, 0), (1, 0), (1, 0)]
-
 
 def test_the_maximum_of_an_aspect_is_taken_over_both_sides_of_these_pairs():
     pairs = data.pack([encode([("a", 5, 0, 0), ("b", 0, 2, 0)], [("c", 1, 4, 0)]),
@@ -332,7 +297,6 @@ def test_the_maximum_of_an_aspect_is_taken_over_both_sides_of_these_pairs():
     assert pairs.score_maximum().tolist() == [7, 4, 1]  # rejected, rejected, 0 throughout: divides by 1
     assert pairs.select(np.array([0])).score_maximum().tolist() == [5, 4, 1]  # chosen, rejected
     assert pairs.select(np.array([1])).score_maximum().tolist() == [7, 3, 1]
-
 
 def test_normalised_scores_are_divided_by_the_maximum_and_badness_turns_the_rejected_side():
     pairs = data.pack([encode([("a", 4), ("b", 1)], [("c", 3)]), encode([("a", 2)], [("c", 0), ("d", 4)])])
@@ -342,17 +306,14 @@ def test_normalised_scores_are_divided_by_the_maximum_and_badness_turns_the_reje
         assert [p.rejected_scores.tolist() for p in after] == rejected
     assert pairs[0].rejected_scores.tolist() == [[3]]  # the pairs themselves are left as they are
 
-
 # ---------------------------------------------------------------------------------------------------------
 # Order
-
 
 def many_pairs(n=97, prompts=40, seed=0):
     """n pairs of different lengths over some prompts."""
     rng = np.random.default_rng(seed)
     chosen = [rng.integers(9, size=rng.integers(1, 30)) for _ in range(n)]
     return data.pack(make_pair([i % prompts, 5], chosen[i], [i, 7]) for i in range(n))
-
 
 def test_an_epoch_is_a_permutation_and_the_next_one_another():
     for n, batch_size in ((10, 5), (10, 3), (3, 10), (1, 4), (7, 7)):
@@ -361,7 +322,6 @@ def test_an_epoch_is_a_permutation_and_the_next_one_another():
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
         assert n < 4 or len(set(epochs)) > 1
 
-
 def test_the_order_is_a_pure_function_of_seed_and_step():
     steps = [data.step_indices(50, 8, 3, step).tolist() for step in range(20)]
     for step in reversed(range(20)):  # asked in another order, with other questions between
@@ -369,7 +329,6 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
         assert data.step_indices(50, 8, 3, step).tolist() == steps[step]
     assert steps != [data.step_indices(50, 8, 4, step).tolist() for step in range(20)]
     assert steps[0] == [2, 11, 17, 28, 32, 23, 30, 41]  # and stays what it is: a resumed run depends on it
-
 
 def test_micro_batches_hold_the_same_pairs_longest_first():
     pairs = many_pairs()
@@ -391,14 +350,11 @@ def test_micro_batches_hold_the_same_pairs_longest_first():
     tiles = data.micro_batches(pairs, index, tokens=256, multiple=128)  # as collate will pad them
     assert [len(m) for m in tiles] == 15 * [2] + [1]
 
-
 # ---------------------------------------------------------------------------------------------------------
 # hold_out
 
-
 def prompts_of(pairs):
     return {p.prompt.tobytes() for p in pairs}
-
 
 def test_no_prompt_is_both_held_out_and_trained_on_and_every_pair_is_somewhere():
     pairs = many_pairs()  # 40 prompts of 2 or 3 pairs
@@ -408,13 +364,11 @@ def test_no_prompt_is_both_held_out_and_trained_on_and_every_pair_is_somewhere()
         assert n - 2 < len(held) <= n
         assert sorted(p.rejected[0] for part in (train, held) for p in part) == list(range(97))
 
-
 def test_the_held_out_pairs_do_not_depend_on_the_order_of_the_data():
     pairs = many_pairs()
     shuffled = pairs.select(np.random.default_rng(1).permutation(len(pairs)))
     first, again = ({p.rejected[0] for p in data.hold_out(x)[1]} for x in (pairs, shuffled))
     assert first == again
-
 
 @pytest.mark.parametrize("n, frequent, share", [(10, 9, 1), (40, 36, 4), (3200, 3152, 256)])
 def test_a_frequent_prompt_is_never_held_out_beyond_the_share(n, frequent, share):
@@ -427,7 +381,6 @@ def test_a_frequent_prompt_is_never_held_out_beyond_the_share(n, frequent, share
         if n > 10:  # enough rare prompts to take: none stands on both sides
             assert not prompts_of(train) & prompts_of(held)
 
-
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_where_every_prompt_is_frequent_the_split_is_by_pair_and_equal_pairs_stay_together(prompts):
     pairs = many_pairs(prompts=prompts)
@@ -437,9 +390,7 @@ def test_where_every_prompt_is_frequent_the_split_is_by_pair_and_equal_pairs_sta
     train, held = data.hold_out(twice)
     assert not {p.rejected[0] for p in train} & {p.rejected[0] for p in held} and len(held) == 18
 
-
 def test_one_pair_or_the_same_pair_again_and_again_cannot_be_split():
     for pairs in (many_pairs(1), many_pairs(1).select(np.zeros(50, dtype=int))):
         with pytest.raises(data.DataError, match="no group of pairs is small enough to hold out"):
             data.hold_out(pairs)
-

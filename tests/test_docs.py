@@ -27,9 +27,7 @@ PRESETS = re.findall(r'data-preset="([\w-]+)"', TEMPLATE)
 CONTEXTS = [[0], [1], [2, 5], [3], [4], [6], [7]]                # tokens of one context share its logits
 SEGMENTS = {"chosen": [[0, 1], [2], [3, 4]], "rejected": [[0, 1], [5, 6, 7]]}
 
-
 # The file
-
 
 @pytest.fixture
 def make():
@@ -37,11 +35,9 @@ def make():
     from docs import make
     return make
 
-
 def test_the_page_is_what_make_py_writes(make):
     """docs/index.html is up to date with losses.py, README.md, golden/ and docs/, its figures aside."""
     assert make.without_figures(PAGE.read_text(encoding="utf-8")) == make.without_figures(make.page())
-
 
 def test_the_page_is_self_contained():
     """Everything the page loads is in it; it is small; its relative links and its anchors resolve."""
@@ -55,7 +51,6 @@ def test_the_page_is_self_contained():
         else:
             assert link.startswith("https://arxiv.org/abs/") or (DOCS / link).exists(), link
 
-
 def test_the_html_is_valid():
     """html5lib's strict parser finds no error, and no id stands twice."""
     html5lib = pytest.importorskip("html5lib", reason="html5lib is not installed")
@@ -64,9 +59,7 @@ def test_the_html_is_valid():
     ids = re.findall(r'\bid="([^"$]+)"', text.partition("<script>")[0])
     assert len(ids) == len(set(ids))
 
-
 # The port: golden's inputs through port.js
-
 
 def port_results(source):
     """All results of the JavaScript port for the regimes whose logits are given: golden name -> tensor."""
@@ -89,10 +82,8 @@ def port_results(source):
             found[full] = torch.tensor(value, dtype=check.golden()[full].dtype)
     return found
 
-
 def port_source():
     return "".join((DOCS / name).read_text(encoding="utf-8") for name in ("port.js", "port_golden.js"))
-
 
 def test_the_javascript_port_equals_golden(tmp_path, capsys):
     """Every float64 result of every regime with given logits, gradients included, agrees to 1e-9."""
@@ -104,9 +95,7 @@ def test_the_javascript_port_equals_golden(tmp_path, capsys):
     save_file(found, tmp_path / "javascript.safetensors")
     assert check.main([str(tmp_path / "javascript.safetensors")]) == 0, capsys.readouterr().out
 
-
 # The page in a browser
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -126,7 +115,6 @@ def browser(tmp_path_factory):
     yield chrome
     chrome.quit()
 
-
 @pytest.fixture
 def page(browser):
     """The page as it is on arrival; no error may have been reported by the end of the test."""
@@ -135,16 +123,13 @@ def page(browser):
     yield browser
     assert browser.get_log("browser") == []
 
-
 def choose(page, preset):
     page.execute_script(f"document.querySelector('[data-preset={preset}]').click()")
-
 
 def sliders(page):
     """The value of every slider by its id."""
     return page.execute_script("return Object.fromEntries([...document.querySelectorAll('input[type=range]')]"
                                ".map(x => [x.id, Number(x.value)]))")
-
 
 def terms_of_sliders(values):
     """The pair that the sliders describe: the terms of every loss, and what to differentiate in.
@@ -179,7 +164,6 @@ def terms_of_sliders(values):
                       for term in losses.terms_of(losses.LOSSES[name])} for name in NAMES}
     return of_loss, tokens, z, places
 
-
 def compare(page):
     """Whatever the sliders say, the page's numbers are those of losses.py and of autograd through it."""
     values = sliders(page)
@@ -206,7 +190,6 @@ def compare(page):
         assert shown[name]["push"] == pytest.approx(pushes, abs=1e-9), name
     return shown
 
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_numbers_of_every_preset_are_those_of_losses_py(page, preset):
     """Losses, h and both kinds of push of all six losses, read from the page; a preset has two sentences."""
@@ -218,7 +201,6 @@ def test_the_numbers_of_every_preset_are_those_of_losses_py(page, preset):
     lesson = page.execute_script("return [...document.querySelectorAll('.lesson')].filter(x => !x.hidden)"
                                  ".map(x => x.textContent)")
     assert len(lesson) == 1 and len(re.findall(r"[.](?= |$)", lesson[0])) == 2
-
 
 def test_every_line_lights_a_term_and_every_term_a_line(page):
     """Terms of equations and lines of code correspond one to one, in every loss."""

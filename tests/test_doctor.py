@@ -14,7 +14,6 @@ import data
 import train
 from tools import doctor
 
-
 @pytest.fixture
 def diagnose(tmp_path, capsys):
     """Records -> (exit status, report, error line)."""
@@ -25,12 +24,10 @@ def diagnose(tmp_path, capsys):
         return status, out.out.replace(str(path), "d.jsonl"), out.err.replace(str(path), "d.jsonl")
     return run
 
-
 def line_of(report, text):
     """The one line of the report that holds a text."""
     [line] = [line for line in report.splitlines() if text in line]
     return line.strip()
-
 
 def test_edit_distance_is_levenshteins():
     def table(a, b):
@@ -47,7 +44,6 @@ def test_edit_distance_is_levenshteins():
         a, b = ([rng.randrange(4) for _ in range(rng.randrange(70))] for _ in range(2))
         assert doctor.edit_distance(a, b) == table(a, b)
 
-
 def test_one_pair_is_shown_with_its_scored_tokens_in_brackets_and_long_texts_are_shortened(diagnose):
     report = diagnose(pair("Hi\nthere", scored(("a\n\u001b", 1, 2.5), ("", 3, 4)), scored(("bé", 0, 0))))[1]
     shown = report[report.index("One pair"):report.index("\nPairs:")].splitlines()
@@ -59,7 +55,6 @@ def test_one_pair_is_shown_with_its_scored_tokens_in_brackets_and_long_texts_are
     shown = report[report.index("One pair"):report.index("\nPairs:")]
     assert "pppend\n" in shown and "front" not in shown and "its end:" in shown
     assert shown.count("[c]") == 60 + 4 and "[c] ... 36 more ... " in shown and "[<|endoftext|>]" in shown
-
 
 def test_counts_of_everything_that_is_wrong_with_lines(diagnose):
     status, report, _ = diagnose(
@@ -79,7 +74,6 @@ def test_counts_of_everything_that_is_wrong_with_lines(diagnose):
         assert line_of(report, line[3:]) == line
     assert "an empty response (1, 2, 3, ...)" in diagnose(*[pair(chosen="")] * 4, pair())[1]
 
-
 def test_lengths_their_bias_and_edit_distances(diagnose):
     _, report, _ = diagnose(*(pair(f"Q{i}", "x" * (i + 2), "y") for i in range(10)), pair("Q", "a", "bb"))
     assert line_of(report, "  chosen  ").split() == ["chosen", "2", "3", "7", "11", "12"]
@@ -96,7 +90,6 @@ def test_lengths_their_bias_and_edit_distances(diagnose):
     assert "75.0 % below 0.1: DPO's likelihood failure lives here, see DPOP" in report
     assert line_of(diagnose(pair("Q", "a", "ab"))[1], "chosen to rejected").split()[-1] == "0.50"
 
-
 def test_malformed_lines_are_listed_and_the_rest_is_still_examined(diagnose):
     status, report, _ = diagnose(pair(), *["{}"] * 12)
     assert status == 2 and "12 malformed records: training refuses to start until they are right" in report
@@ -104,7 +97,6 @@ def test_malformed_lines_are_listed_and_the_rest_is_still_examined(diagnose):
     assert "Pairs: 1 of 13 can be used" in report and "To train" not in report
     status, report, _ = diagnose(pair(chosen=""), pair(chosen="x" * 300))
     assert status == 0 and "Pairs: 0 of 2 can be used" in report and "To train" not in report
-
 
 @pytest.mark.parametrize("loss, sides", [("dpo", {}), ("2d-dpo", {
     "chosen": scored(("a", 1), (" b", 2)), "rejected": scored(("c", 0))})])
@@ -115,7 +107,6 @@ def test_the_last_line_trains(diagnose, monkeypatch, tmp_path, model_a, loss, si
     python, script, *flags = shlex.split(report.splitlines()[-1])
     assert [python, script, *flags[:2]] == ["python", "train.py", "--loss", loss]
     train.main([*flags, "--init", str(model_a), "--steps", "1", "--device", "cpu"])
-
 
 @pytest.mark.parametrize("records, options, message", [
     ([pair()], ["nowhere.jsonl"], "nowhere.jsonl: No such file or directory"),
@@ -129,7 +120,6 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(tmp_path, capsys, records
         sys.exit(doctor.main([str(path), "--tokenizer", "bytes", *options]))
     error = capsys.readouterr().err.replace(str(path), "d.jsonl")
     assert stop.value.code == 2 and error.startswith(f"doctor: {message}") and len(error.splitlines()) == 1
-
 
 def test_segment_writes_the_same_pairs_in_segments_with_scores_left_to_fill_in(diagnose, tmp_path):
     records = [pair("Q", "One. Two!\nThree", "No"), pair("R", scored(("kept. as is.", 1)), scored(("x", 0))),
@@ -145,7 +135,6 @@ def test_segment_writes_the_same_pairs_in_segments_with_scores_left_to_fill_in(d
         assert [x.tolist() for x in (old.prompt, old.chosen, old.rejected)] \
             == [x.tolist() for x in (new.prompt, new.chosen, new.rejected)]
 
-
 def test_a_closed_pipe_ends_it_quietly(tmp_path, monkeypatch):
     def closed(*text):
         raise BrokenPipeError
@@ -154,7 +143,6 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=closed, fileno=lambda: 1))
     monkeypatch.setattr("os.dup2", lambda *files: None)
     assert doctor.main([str(path), "--segment"]) == 0
-
 
 @pytest.mark.parametrize("parts", [
     ["One.", " Two!", " Three?", " Four"], ["Really?!", " No way!!!", " Fine"], [], ["No end"], [" \n "],
@@ -171,7 +159,6 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path, monkeypatch):
     ["Use `a. b` and ```c. D``` here.", " Ok"], ["```\nnever. Closed.\n\n"]])
 def test_segments_are_sentences_lines_list_items_and_whole_fences(parts):
     assert doctor.split_segments("".join(parts)) == parts
-
 
 @pytest.mark.parametrize("unit", ["a", ".", ". ", "`", "1. ", ".)", "~~~\n", '."'])
 def test_splitting_is_linear_in_the_text_and_the_parts_join_to_it(unit):

@@ -23,10 +23,8 @@ TINY = "--tokenizer bytes --n_layer 1 --n_head 2 --n_embd 8 --block_size 64 --sf
 PAPERS = {"sft": {}, "dpo": {"beta": 0.1}, "dpop": {"beta": 0.3, "lam": 50.0}, "tdpo1": {"beta": 0.1},
           "tdpo2": {"beta": 0.1, "alpha": 0.5}, "2d-dpo": {"beta": 0.1}, "2d-dpo-vanilla": {"beta": 0.1}}
 
-
 def resolved(*argv):
     return flags.resolve(Config, [*map(str, argv)])[0]
-
 
 def test_every_field_of_config_and_every_knob_is_a_flag_with_help_and_its_default(capsys, monkeypatch):
     """A default of None is explained in words. Knobs say which loss has which default."""
@@ -48,7 +46,6 @@ def test_every_field_of_config_and_every_knob_is_a_flag_with_help_and_its_defaul
         for knob, value in knobs.items():
             assert f"{name} {value}" in texts[knob]
 
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_defaults_are_the_papers_and_sft_has_its_own_and_what_a_loss_does_not_read_is_refused(loss, tmp_path):
     """Defaults of losses stand in their signatures alone."""
@@ -66,7 +63,6 @@ def test_defaults_are_the_papers_and_sft_has_its_own_and_what_a_loss_does_not_re
             with pytest.raises(ConfigError, match=f"^--{name}: would not be read, the loss {loss} has no"):
                 flags.check(flags.configure(Config, typed), typed)
 
-
 def test_with_init_equal_sizes_may_be_repeated_and_resume_keeps_what_is_not_typed(
         model_a, tmp_path, monkeypatch):  # noqa: F811
     """A smaller block_size is allowed. What is typed on --resume wins."""
@@ -76,7 +72,6 @@ def test_with_init_equal_sizes_may_be_repeated_and_resume_keeps_what_is_not_type
     assert (cfg.n_layer, cfg.block_size, cfg.settings, cfg.seed) == (2, 40, {"beta": 0.3}, 3)
     assert (cfg.steps, cfg.log_every, cfg.batch_size, cfg.lr, cfg.init) == (7, 2, 8, 5e-5, model_a)
     assert not cfg.overwrite and cfg.resume
-
 
 def test_the_first_record_and_run_json_hold_what_repeats_the_run_and_the_last_files_are_a_model(
         model_a, tmp_path, capsys):  # noqa: F811
@@ -99,7 +94,6 @@ def test_the_first_record_and_run_json_hold_what_repeats_the_run_and_the_last_fi
     for metric, name in report.TABLE.items():
         assert f"{name:36}{evals[0]['eval/' + metric]:10.4f}{metrics[metric]:10.4f}" in out
     assert out.count("\nprompt     ") == out.count("\nreference ") == out.count("\npolicy    ") == 2
-
 
 @pytest.mark.slow
 def test_a_run_gets_a_folder_of_its_own_which_is_said_and_each_start_one_folder_beside_it(
@@ -138,7 +132,6 @@ def test_a_run_gets_a_folder_of_its_own_which_is_said_and_each_start_one_folder_
         assert len(list(Path(place).parent.glob("sft-*/run.json"))) == 1
     assert Path("new/sft").read_text() == "mine"
 
-
 def test_sft_says_what_to_type_next_and_that_works_and_progress_is_shown_on_a_terminal_only(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -152,7 +145,6 @@ def test_sft_says_what_to_type_next_and_that_works_and_progress_is_shown_on_a_te
     train.main([*words, "--steps", "1", "--device", "cpu"])
     assert read_log("out/dpo")[0]["config"]["init"] == str(Path("out/mine").resolve())
     assert "dpo: 100%" in capsys.readouterr().err
-
 
 @pytest.mark.parametrize("step, chosen, margin, accuracy, words", [
     (9, -2.1, 1, .8, ""), (9, -4.9, 1, .8, ""), (9, -5.1, 1, .8, "chosen responses have lost 0.5 nats a to"),

@@ -37,7 +37,6 @@ PLAIN = {"loss": "dpo", "data": "d.jsonl", "init": "a", "device": "cpu", "steps"
 SIZES = {"init": None, "tokenizer": "bytes", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 64}
 SLOW = pytest.mark.slow
 
-
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
     """A folder with the data d.jsonl, the models a and b, the run `full`, `ref` (2 steps, --ref b), and
@@ -53,7 +52,6 @@ def templates(tmp_path_factory):
         killed_at(6, out_dir="killed")
     return place
 
-
 @pytest.fixture
 def here(templates, tmp_path, monkeypatch):
     """A working directory of its own with copies of the inputs, so that relative names work."""
@@ -63,20 +61,17 @@ def here(templates, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
-
 def go(out_dir="run", **changes):
     """A run by train.py's main; --resume repeats its flags."""
     sizes = SIZES if changes.get("loss") == "sft" else {}
     train.main(arguments(**PLAIN | sizes | {"out_dir": out_dir} | changes))
     return Path(out_dir)
 
-
 def end(*args, **changes):
     """(exit status, message) of a run that ends early; a sys.exit(text) is status 1."""
     with pytest.raises(SystemExit) as stop:
         train.main(list(args)) if args else go(**changes)
     return (1, stop.value.code) if isinstance(stop.value.code, str) else (stop.value.code, None)
-
 
 @pytest.fixture
 def refused(capsys):
@@ -90,23 +85,19 @@ def refused(capsys):
         assert contents(out_dir) == before and not re.search("[0-9a-f]{20}", error)
     return check
 
-
 def contents(place):
     """{name: bytes} of all files in a folder but the lock."""
     return {str(p.relative_to(place)): p.read_bytes()
             for p in sorted(Path(place).rglob("*")) if p.is_file() and p.name != ".lock"}
 
-
 def records(place):
     return [json.loads(line) for line in Path(place, "log.jsonl").read_text().splitlines()]
-
 
 def numbers(place):
     """{step: the logged numbers of its training step, without times}; each step stands there once."""
     lines = [r for r in records(place) if "loss" in r]
     assert [r["step"] for r in lines] == list(range(1, len(lines) + 1))
     return {r["step"]: {k: v for k, v in r.items() if k not in TIMING} for r in lines}
-
 
 def same_result(one, other, step=6):
     """Weights, moments, remembered and logged numbers are equal to the byte."""
@@ -121,14 +112,11 @@ def same_result(one, other, step=6):
     assert numbers(one) == numbers(other) and len(numbers(one)) == step
     assert folder.read_run(one)["finished"] == folder.read_run(one)["saved"] == step
 
-
 class Killed(BaseException):
     """What stops a run like a kill does: nothing may catch it."""
 
-
 def kill(*_, **__):
     raise Killed
-
 
 def at_log_line(patch, step, action):
     """Do something when the training record of a step is logged."""
@@ -140,7 +128,6 @@ def at_log_line(patch, step, action):
             action()
     patch.setattr(folder.Log, "write", write)
 
-
 def killed_at(step, **changes):
     """A run that was killed when it logged this step."""
     with pytest.MonkeyPatch.context() as patch:
@@ -148,10 +135,8 @@ def killed_at(step, **changes):
         with pytest.raises(Killed):
             go(**changes)
 
-
 def signal_to_me(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
-
 
 @pytest.mark.parametrize("loss, killed, changes", [
     ("dpo", 2, {"save_every": 0}), ("dpo", 5, {"save_every": 2}),  # nothing saved; in the second epoch
@@ -169,7 +154,6 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not_to_the_byte(
     begins_again = "run: nothing was saved before the interruption; the run begins again"
     assert (begins_again in said) == (changes == {"save_every": 0}) == ("going on after step" not in said)
 
-
 def test_a_parameter_that_never_gets_a_gradient_is_resumed_without_moments(here, monkeypatch):
     class WithUnused(architecture.MLP):
         def __init__(self, config):
@@ -184,7 +168,6 @@ def test_a_parameter_that_never_gets_a_gradient_is_resumed_without_moments(here,
     assert [name for name in saved if "unused" in name] == ["model.h.0.mlp.unused"]
     assert saved["step.h.0.mlp.c_fc.bias"] == 4
 
-
 def test_more_steps_go_on_from_the_end_and_how_the_work_is_cut_may_change(templates, here, refused, capsys):
     """Up to rounding, in float64. A finished run says so and touches nothing; fewer steps are refused."""
     go("full", dtype="float64")
@@ -196,7 +179,6 @@ def test_more_steps_go_on_from_the_end_and_how_the_work_is_cut_may_change(templa
     one, other = (load_file(f"{place}/model.safetensors") for place in ("full", "run"))
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     refused("--steps 3: the run is at step 6 already", resume=True, steps=3, dtype="float64")
-
 
 def test_a_resumed_run_logs_each_step_once_keeps_two_checkpoints_and_drops_what_a_kill_left(templates, here):
     shutil.copytree(templates / "killed", "run")
@@ -211,13 +193,10 @@ def test_a_resumed_run_logs_each_step_once_keeps_two_checkpoints_and_drops_what_
         assert [r["step"] for r in records(place) if "eval/loss" in r] == [0, 2, 4, 6]
         assert [r["resumed_at"] for r in records(place) if "resumed_at" in r] == resumed
 
-
 # ---- Which run is it? ----
-
 
 def change_data():
     Path("d.jsonl").write_text(Path("d.jsonl").read_text().replace("a", "z", 1))
-
 
 def change_tokenizer():
     """The same number of ids, two of them exchanged, in the policy's folder and the reference's."""
@@ -225,7 +204,6 @@ def change_tokenizer():
         content = json.loads(path.read_text())
         content["model"]["vocab"] |= {"a": 98, "b": 97}
         path.write_text(json.dumps(content))
-
 
 @pytest.mark.parametrize("says, changes, prepare", [
     ("--loss dpop: the run has dpo", {"loss": "dpop"}, None),
@@ -243,7 +221,6 @@ def test_resume_with_something_else_than_the_runs_is_refused_and_names_the_flag_
         prepare()
     refused(f"--resume: not the run in run. {says}", **{"ref": "b", "resume": True, "steps": 4} | changes)
 
-
 @pytest.mark.parametrize("harm", [
     lambda path: os.truncate(path, 1000), lambda path: os.truncate(path, 0), lambda path: path.unlink(),
     lambda path: path.write_bytes(b"\x02" + bytes(7) + b"{}")], ids=["cut", "empty", "gone", "no metadata"])
@@ -258,7 +235,6 @@ def test_where_the_newest_checkpoint_cannot_be_read_it_is_said_and_the_one_befor
     assert (f"{newest}: cannot be read (" in out) == said and "going on after step 4" in out
     same_result("run", templates / "full")
 
-
 @pytest.mark.parametrize("name", ["killed", "full"])
 def test_without_a_checkpoint_that_can_be_read_a_run_does_not_begin_again_in_silence(
         name, templates, here, refused):
@@ -271,7 +247,6 @@ def test_without_a_checkpoint_that_can_be_read_a_run_does_not_begin_again_in_sil
     refused("run: has no checkpoint that can be read; --overwrite starts anew", **resume)
     if name == "killed":
         same_result(go(overwrite=True), templates / "full")
-
 
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=SLOW)])
 def test_whoever_reads_a_run_that_went_on_gets_its_newest_weights_and_never_those_of_the_earlier_end(
@@ -299,7 +274,6 @@ def test_whoever_reads_a_run_that_went_on_gets_its_newest_weights_and_never_thos
     shutil.rmtree("run/checkpoints")
     assert end(out_dir="third", init="run") == (2, None) and not Path("third").exists()
 
-
 def test_a_file_is_whole_and_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     (tmp_path / "x").write_text("old")
     with pytest.raises(Killed):
@@ -311,9 +285,7 @@ def test_a_file_is_whole_and_on_the_disk_before_it_has_its_name(tmp_path, monkey
     files.write_json(tmp_path / "x", {})
     assert calls[:2] == [(tmp_path / "x").stat().st_ino, "rename"]
 
-
 # ---- Signals ----
-
 
 @pytest.mark.parametrize("number, status", [
     pytest.param(signal.SIGINT, 130, marks=SLOW), (signal.SIGTERM, 143)])
@@ -337,7 +309,6 @@ def test_a_signal_saves_before_it_evaluates_and_says_how_to_go_on(
     train.main(re.search(r"python train.py (.*)", out[out.index("stopped after"):])[1].split())
     same_result("run", templates / "full")
 
-
 def test_a_signal_in_the_last_step_changes_nothing_and_a_second_one_ends_at_once(here, monkeypatch):
     with monkeypatch.context() as patch:
         at_log_line(patch, 2, signal_to_me)
@@ -345,7 +316,6 @@ def test_a_signal_in_the_last_step_changes_nothing_and_a_second_one_ends_at_once
     at_log_line(monkeypatch, 4, lambda: [signal_to_me(signal.SIGINT) for _ in range(2)])
     assert end("--resume", "--out_dir", "run", "--steps", "6") == (130, None)
     assert folder.read_run("run")["saved"] == 3
-
 
 def test_after_a_signal_while_the_start_is_made_the_same_command_goes_on(here, monkeypatch, capsys):
     flags = PLAIN | SIZES | {"sft_steps": 3, "steps": 2, "out_dir": "dpo"}
@@ -356,7 +326,6 @@ def test_after_a_signal_while_the_start_is_made_the_same_command_goes_on(here, m
     train.main(arguments(**flags))
     assert "going on after step 1" in capsys.readouterr().out
     assert [folder.read_run(name)["finished"] for name in ("sft", "dpo")] == [3, 2]
-
 
 def test_a_folder_is_one_writers_and_one_runs(templates, here, monkeypatch, refused):
     """The lock is held to the end. A folder that is no run's is left alone even by --overwrite."""
@@ -383,7 +352,6 @@ def test_a_folder_is_one_writers_and_one_runs(templates, here, monkeypatch, refu
     with pytest.raises(folder.ConfigError, match="--out_dir run: holds a dpo run"):
         folder.claim(Path("run"), {}, resume=False, overwrite=False)  # made since the first check
 
-
 def test_overwrite_replaces_all_that_the_old_run_wrote_and_nothing_else(templates, here):
     shutil.copytree(templates / "full", "run")
     Path("run/my notes.txt").write_text("mine")
@@ -392,7 +360,6 @@ def test_overwrite_replaces_all_that_the_old_run_wrote_and_nothing_else(template
     assert Path("run/my notes.txt").read_text() == "mine"
     assert set(contents("run")) - {"my notes.txt"} == set(contents(go("fresh", **sizes)))
     same_result("run", "fresh", step=3)
-
 
 @pytest.mark.parametrize("name, number", [
     ("run.json", errno.ENOSPC), ("log.jsonl", errno.EROFS), ("step-0000003.safetensors", errno.ENOSPC),
@@ -412,7 +379,6 @@ def test_a_write_that_fails_is_one_line_with_status_1_and_what_was_saved_leads_t
     assert re.fullmatch(rf"train.py: run/?\S*: cannot be written \({os.strerror(number)}\).*", line), line
     assert not list(Path("run").rglob("*.part"))
     same_result(go(resume=Path("run/run.json").exists()), templates / "full")
-
 
 @pytest.mark.parametrize("harm, one_pair", [
     (lambda logps, loss: torch.cat([loss[:1] * math.nan, loss[1:]]), True),
@@ -437,12 +403,10 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_update(
     assert folder.read_run("run")["saved"] == 3
     same_result(go(resume=True), templates / "full")
 
-
 def test_weights_that_are_not_finite_after_the_last_update_are_not_saved(here):
     status, line = end(lr=1e38, steps=1, warmup_steps=0)
     assert status == 1 and line.startswith("train.py: step 1: ") and "is --lr far too large?" in line.lower()
     assert not list(Path("run").glob("checkpoints/*")) and not Path("run/model.safetensors").exists()
-
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=SLOW)])
 def test_the_reference_runs_once_for_each_pair_and_never_again(dtype, here):

@@ -28,11 +28,9 @@ pytestmark = pytest.mark.slow  # as long as it is told to take
 SECONDS = float(os.environ.get("TERMWISE_FUZZ_SECONDS", 4))
 BYTES = data.Tokenizer("bytes")
 
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
-
 
 def fuzz(test, *strategies, share):
     """Call test with drawn arguments, 50 at a time, for a share of the seconds; each round draws others."""
@@ -46,7 +44,6 @@ def fuzz(test, *strategies, share):
         one_round()
         if time.monotonic() > end:
             break
-
 
 TEXT = st.text(st.characters(), max_size=12)
 LONE = st.sampled_from(["\ud800", "a\udfff", "\udc00\ud800"])
@@ -72,7 +69,6 @@ WELL_FORMED = st.fixed_dictionaries({"prompt": TEXT, "chosen": st.builds("a{}".f
 CUTS = st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), max_size=3)  # see damage
 KINDS = st.sampled_from([".jsonl", ".jsonl.gz", ".json"])
 
-
 def damage(content, cuts):
     """Bytes replaced at some places; b"" cuts there."""
     for at, put in cuts:
@@ -80,14 +76,12 @@ def damage(content, cuts):
         content = content[:at] + put + content[at + len(put):] if put else content[:at]
     return content
 
-
 def read(path, block_size=64, alone=False):
     """The pairs of a data file, or None where a DataError names it. alone: for SFT."""
     try:
         return data.load([path], BYTES, block_size, alone)[0]
     except data.DataError as e:
         assert str(path) in str(e)
-
 
 def converted(path):
     """Convert a file, alone or without what is unclear; None where that is refused with a DataError."""
@@ -97,7 +91,6 @@ def converted(path):
         return out, " sft " in lines[-1]
     except data.DataError as e:
         assert str(path) in str(e) or "--drop" in str(e)
-
 
 def test_any_records_are_converted_or_refused_and_what_is_written_is_read(folder):
     """Objects that resemble every form; what is read is well-formed."""
@@ -130,7 +123,6 @@ def test_any_records_are_converted_or_refused_and_what_is_written_is_read(folder
          st.sampled_from([8, 64, 1000]), st.booleans(), share=0.6)
     assert found  # not everything is refused
 
-
 def test_any_bytes_in_a_data_file_are_read_or_refused_with_data_errors(folder):
     chosen = [{"text": "é.", "scores": [1, 1]}, {"text": " b", "scores": [0, 1]}]
     good = b"".join(json.dumps({"prompt": f"Q{i}", "chosen": chosen, "rejected": "b"}).encode() + b"\n"
@@ -144,7 +136,6 @@ def test_any_bytes_in_a_data_file_are_read_or_refused_with_data_errors(folder):
 
     fuzz(check, st.one_of(st.just(b""), st.binary(max_size=60)), CUTS,
          st.sampled_from([".jsonl", ".jsonl.gz", ".json", ".csv"]), share=0.2)
-
 
 def test_any_change_of_a_checkpoint_or_of_run_json_is_read_or_refused_with_a_config_error(folder):
     model = GPT(GPTConfig(8, 4, 1, 1, 2))

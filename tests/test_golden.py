@@ -19,9 +19,7 @@ pytestmark = pytest.mark.slow
 GOLDEN = load_file(make.HERE / "vectors.safetensors")
 LOGITS = [r for r in make.REGIMES if r not in ("gpt", "second-step")]
 
-
 # ---- The port: one choice a function. RIGHT is the right one of each; a broken port replaces one or two ----
-
 
 def log_softmax(x):
     x = x - x.max(-1, keepdims=True)
@@ -75,12 +73,10 @@ def picks(chosen, rejected, equal=grouped):
     """Pairs of segments: n of r_w in one order against n of r_l in another, ties as they come."""
     return lambda r_w, r_l, n: list(zip(chosen(equal(r_w))[:n], rejected(equal(r_l))[:n], strict=True))
 
-
 select = picks(falling, rising)
 
 def logits_of(inputs, ref, side):
     return inputs[f"{ref}{side}_logits"].astype(np.float64)
-
 
 RIGHT = dict(
     shift=shift,
@@ -197,7 +193,6 @@ def selected(inputs, rewards):
             out["chosen_selected"][b, k], out["rejected_selected"][b, k] = w[i], l_[j]
     return out
 
-
 # ---- The broken ports, one for every known mistake ----
 
 def with_last(f):
@@ -207,7 +202,6 @@ def with_last(f):
         last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)[:, None]
         return f(first, last, np.arange(mask.shape[1]))
     return scored
-
 
 PROMPT_TOO = with_last(lambda first, last, t: (0 < t) & (t <= last))
 PADDING_TOO = with_last(lambda first, last, t: first <= t)
@@ -222,7 +216,6 @@ def label_kl(f):
 
 def sequence_losses(order):
     return dict(order=lambda a: a if len(a) > 6 else [*(a[i] for i in order), *a[4:]])
-
 
 LN2 = np.log(2)
 BROKEN = {
@@ -329,13 +322,11 @@ WHERE = {                                                        # where it show
     "2d-min-max-per-response": ["ties", "start"],
 }
 
-
 def inputs_of(regime):
     start = f"input/{regime}/"
     x = {name.removeprefix(start): x for name, x in GOLDEN.items() if name.startswith(start)}
     return x | {name.removeprefix("period/"): np.concatenate([t] * int(x["repeat"]), 1)
                 for name, t in x.items() if name.startswith("period/")}
-
 
 def results(regimes, wrong=None, only="", dtype=np.float64):
     """What a port computes in these regimes, under the golden names."""
@@ -352,7 +343,6 @@ def results(regimes, wrong=None, only="", dtype=np.float64):
                 tensors[name] = np.ascontiguousarray(x if x.dtype.kind == "i" else np.real(x).astype(dtype))
     return tensors
 
-
 @pytest.fixture
 def checked(tmp_path, capsys):
     """checked(tensors) -> exit status, output, errors of the checker on a file of them."""
@@ -363,12 +353,10 @@ def checked(tmp_path, capsys):
         return status, *capsys.readouterr()
     return run
 
-
 def verdict(out):
     """The lines of the verdict, and the names of the mistakes in it."""
     lines = [line for line in out.splitlines() if not line.startswith(("ok ", "off "))][1:]
     return lines, [line.split("[")[1].split(";")[0] for line in lines if line.startswith("    [")]
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -378,9 +366,7 @@ def one_thread():
     yield
     torch.set_num_threads(threads)
 
-
 # ---- The files ----
-
 
 def test_the_files_are_what_make_writes_now():
     """The same twice, to the byte; small enough to be carried along."""
@@ -388,7 +374,6 @@ def test_the_files_are_what_make_writes_now():
     data, text, _ = make.rendered()
     assert make.rendered()[:2] == (data, text)
     assert len(data) < 1e6
-
 
 def test_every_tensor_is_described_and_finite():
     """Each name in the file matches a line of the JSON, with the shape given there; nothing is infinite."""
@@ -412,7 +397,6 @@ def test_every_tensor_is_described_and_finite():
         dims = shape.split(",") if shape else []
         assert list(x.shape) == [size[d] if d != "S" else size[f"S_{side}"] for d in dims], name
 
-
 def test_losses_in_float32_stay_within_the_float32_tolerance():
     """The float32 vectors are rounded float64; losses.py computing in float32 passes as any port would."""
     for regime in make.REGIMES:
@@ -420,9 +404,7 @@ def test_losses_in_float32_stay_within_the_float32_tolerance():
             name = f"float32/{regime}/{name}"
             assert name not in check.golden() or check.equal(name, x, check.golden()[name]), name
 
-
 # ---- A right port ----
-
 
 def test_a_numpy_port_passes(checked):
     """Every result but gradients of every regime with given logits, by code that shares none with ours."""
@@ -432,7 +414,6 @@ def test_a_numpy_port_passes(checked):
     status, out, _ = checked(tensors)
     assert status == 0, [line for line in out.splitlines() if line.startswith("off")]
     assert checked(results(["healthy", "long", "fifths"], dtype=np.float32))[0] == 0
-
 
 def test_the_port_in_the_readme_passes_and_its_broken_form_prints_what_the_readme_shows(
         tmp_path, capsys, monkeypatch):
@@ -450,9 +431,7 @@ def test_the_port_in_the_readme_passes_and_its_broken_form_prints_what_the_readm
     shown = readme.split("which one yours equals:\n\n")[1].split("\n\n")[0]
     assert capsys.readouterr().out == textwrap.dedent(shown) + "\n"
 
-
 # ---- Wrong ports ----
-
 
 @pytest.mark.parametrize("name", [*BROKEN, *LOSS.keys() - BROKEN.keys()])
 def test_a_broken_port_is_told_its_mistake(name, checked, monkeypatch):
@@ -464,16 +443,13 @@ def test_a_broken_port_is_told_its_mistake(name, checked, monkeypatch):
     status, out, _ = checked(theirs)
     assert status == 1 and verdict(out)[1] == [name] and mistakes.BY_NAME[name].says in out, verdict(out)
 
-
 def dpo_h(x, beta=0.1):
     """DPO's h of a regime's golden numbers."""
     return beta * (x["chosen_logps"] - x["ref_chosen_logps"] - x["rejected_logps"] + x["ref_rejected_logps"])
 
-
 def numbers(regime):
     start = f"float64/{regime}/"
     return {name.removeprefix(start): x for name, x in GOLDEN.items() if name.startswith(start)}
-
 
 REAL = {                                                         # released code: what it sends, is told
     "TRL's label smoothing": (lambda x: {"dpo/loss": 0.8 * nls(dpo_h(x)) + 0.2 * nls(-dpo_h(x))},
@@ -507,7 +483,6 @@ REAL = {                                                         # released code
         ["[reference-missing;", "computed in float32 somewhere"]),
 }
 
-
 @pytest.mark.parametrize("what", REAL)
 def test_what_released_code_gives_is_named(what, checked):
     """Its formulas, on the golden log-probabilities of three regimes, and all that the verdict must say."""
@@ -517,11 +492,9 @@ def test_what_released_code_gives_is_named(what, checked):
     status, out, _ = checked(theirs)
     assert status == 1 and all(words in out for words in says), verdict(out)
 
-
 def test_two_mistakes_in_two_losses_are_both_named(checked):
     _, out, _ = checked(results(["unhealthy"], BROKEN["dpop-hinge-sign"] | BROKEN["tdpo-kl-added"]))
     assert set(verdict(out)[1]) == {"dpop-hinge-sign", "tdpo-kl-added"}
-
 
 def test_a_second_fault_in_another_regime_hides_nothing(checked):
     """TensorFlow's clip: slope 1 at the start, and something unknown in another regime of the same loss."""
@@ -530,7 +503,6 @@ def test_a_second_fault_in_another_regime_hides_nothing(checked):
     theirs["float64/extreme/dpop/loss"] = theirs["float64/extreme/dpop/loss"] * 0.1
     _, out, _ = checked(theirs)
     assert "dpop-slope-1-at-zero" in verdict(out)[1] and "no known mistake's" in out
-
 
 def test_float32_inside_is_said(checked):
     """Alone, and for sums of thousands of tokens, and beside a mistake."""
@@ -544,7 +516,6 @@ def test_float32_inside_is_said(checked):
     _, out, _ = checked({name: x.astype(np.float32).astype(np.float64) for name, x in theirs.items()})
     assert "[mean-per-sequence;" in out and "computed in float32 somewhere" in out
 
-
 def test_an_unstable_sort_is_said(checked):
     """Two equal rewards of regime long change places, in the selection and in what follows from it."""
     theirs = {name: x.copy() for name, x in GOLDEN.items() if name.startswith("float64/long/")
@@ -555,7 +526,6 @@ def test_an_unstable_sort_is_said(checked):
     status, out, _ = checked(theirs)
     assert status == 1 and "an unstable sort: equal rewards in another order than the text's" in out
 
-
 def test_nan_outside_the_response_and_half_precision_are_said(checked):
     mask = GOLDEN["input/padding/chosen_response_mask"]
     x = np.where(mask, GOLDEN["float64/padding/chosen_token_logps"], np.nan)
@@ -565,19 +535,16 @@ def test_nan_outside_the_response_and_half_precision_are_said(checked):
     status, out, _ = checked({"float32/extreme/2d-dpo-vanilla/loss": (loss * 1.05).astype(np.float16)})
     assert status == 1 and "half precision throughout is not expected to pass" in out and not verdict(out)[1]
 
-
 def test_another_definition_of_the_reward_is_no_mistake(checked):
     x = numbers("unhealthy")
     penalty = 0.3 * 5 * relu(x["ref_chosen_logps"] - x["chosen_logps"])
     out = checked({"float64/unhealthy/dpop/chosen_reward": x["dpop/chosen_reward"] - penalty})[1]
     assert "your dpop reward equals another definition, not a mistake in the loss: " in out
 
-
 def test_a_reference_that_moves_with_the_policy_is_named(checked):
     """After the step every log-ratio is 0 again."""
     _, out, _ = checked({f"float64/second-step/{name}/loss": np.full(2, LN2) for name in ("dpo", "tdpo2")})
     assert "reference-trained" in verdict(out)[1]
-
 
 def test_a_gradient_that_never_arrives_is_said(checked):
     """A right loss with parameters whose gradient is 0, or absent where others are sent: they are named."""
@@ -598,7 +565,6 @@ def test_a_gradient_that_never_arrives_is_said(checked):
     theirs = {name: torch.from_numpy(x) for name, x in detached.items()}
     assert check.unreached(theirs, theirs) and not check.unreached(theirs, {})  # only where the loss is right
 
-
 def test_what_is_unknown_or_nan_is_said_to_be(checked):
     x = GOLDEN["float64/healthy/dpo/loss"]
     status, out, _ = checked({"float64/healthy/dpo/loss": x + np.array([0, 0, 1e-3])})
@@ -606,7 +572,6 @@ def test_what_is_unknown_or_nan_is_said_to_be(checked):
     assert "your dpo value equals no known mistake's" in out
     status, out, _ = checked({"float64/healthy/dpo/loss": np.where([0, 1, 0], np.nan, x)})
     assert status == 1 and "float64/healthy/dpo/loss  NaN or infinite at 1 of 3 places, first at [1]" in out
-
 
 @pytest.mark.parametrize("tensors, says", [
     ({}, "no tensor in it"),
@@ -619,7 +584,6 @@ def test_what_is_unknown_or_nan_is_said_to_be(checked):
 def test_a_file_that_cannot_be_compared_is_exit_status_2(tensors, says, checked):
     status, out, err = checked(tensors)
     assert (status, out) == (2, "") and says in err and err.count("\n") == 1
-
 
 def test_a_file_that_is_not_there_or_no_tensors_is_one_line(tmp_path, capsys):
     (tmp_path / "text.safetensors").write_text("not tensors")

@@ -33,10 +33,8 @@ import throughput  # noqa: E402
 
 CUDA, OURS = torch.cuda.is_available(), {"ours": ("ours", ROOT)}
 
-
 def on_gpu(test):
     return pytest.mark.gpu(pytest.mark.slow(pytest.mark.skipif(not CUDA, reason="no CUDA here")(test)))
-
 
 def make_start(folder, size, vocab, lengths):
     """A reference, a policy some way from it, and eight pairs of three scored segments."""
@@ -57,11 +55,9 @@ def make_start(folder, size, vocab, lengths):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     return make_start(tmp_path_factory.mktemp("gpu"), "4x256", 50257, "hh")
-
 
 def first_step(folder, loss, device, dtype, flags="--no-compile"):
     """(gradient, {name: number logged}) of the first step of train.py with these flags."""
@@ -85,17 +81,14 @@ def first_step(folder, loss, device, dtype, flags="--no-compile"):
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return gradients[0], next(line for line in lines if "loss" in line)
 
-
 FLOAT32, BFLOAT16 = (1e-9, 1e-4, 1e-3), (2e-4, 2e-2, 0.1)  # largest errors that `agree` allows
 exact = {}  # {loss: its first step on the CPU in float64}
-
 
 def agree(found, exact, limits):
     (g, logged), (e, expected), (cosine, relative, nats) = found, exact, limits
     assert 1 - F.cosine_similarity(g, e, dim=0) < cosine and (g - e).norm() < relative * e.norm()
     for name in ("logps/chosen", "logratio/chosen", "logratio/rejected"):
         assert abs(logged.get(name, 0) - expected.get(name, 0)) < nats, name
-
 
 @on_gpu
 @pytest.mark.parametrize("dtype, flags, limits", [
@@ -110,13 +103,11 @@ def test_correctness_of_a_step(loss, dtype, flags, limits, large):
         exact[loss] = first_step(large, loss, "cpu", "float64")
     agree(first_step(large, loss, "cuda", dtype, flags), exact[loss], limits)
 
-
 def check_cuts(folder, device):
     """Four micro-batches for one, a chunk a pair: the same step."""
     whole = first_step(folder, "tdpo2", device, "float32")
     for cut in ("--micro_batch_size 2", "--head_tokens 1"):
         agree(first_step(folder, "tdpo2", device, "float32", f"--no-compile {cut}"), whole, FLOAT32)
-
 
 def check_one_rank(folder, device, monkeypatch):
     """fully_shard over one rank, with the device's own communication, changes nothing."""
@@ -130,12 +121,10 @@ def check_one_rank(folder, device, monkeypatch):
     finally:
         torch.distributed.destroy_process_group()
 
-
 @on_gpu
 def test_correctness_of_micro_batches_chunks_and_one_rank_of_nccl(large, monkeypatch):
     check_cuts(large, "cuda")
     check_one_rank(large, "cuda", monkeypatch)
-
 
 @pytest.mark.slow
 def test_what_the_gpu_tests_do_runs_on_a_cpu(tmp_path, monkeypatch):
@@ -148,7 +137,6 @@ def test_what_the_gpu_tests_do_runs_on_a_cpu(tmp_path, monkeypatch):
     check_cuts(folder, "cpu")
     check_one_rank(folder, "cpu", monkeypatch)
 
-
 @on_gpu
 @pytest.mark.parametrize("T", [640, 704])
 def test_correctness_of_masked_attention(T):
@@ -160,7 +148,6 @@ def test_correctness_of_masked_attention(T):
     assert chosen != torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
     F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
-
 
 @on_gpu
 @pytest.mark.parametrize("loss", ["dpo", "tdpo2"])
@@ -180,10 +167,8 @@ def test_correctness_no_step_waits_for_the_gpu(loss, large, monkeypatch):
     first_step(large, loss, "cuda", "bfloat16", "--compile --micro_batch_size 8")
     assert sum(scale is not None for scale in calls) == 2  # one of each step
 
-
 def script(*words):
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-
 
 @on_gpu
 def test_correctness_of_a_run_stopped_and_resumed(tmp_path):
@@ -203,16 +188,13 @@ def test_correctness_of_a_run_stopped_and_resumed(tmp_path):
     step = max(int(re.search(r"\d+", f.name)[0]) for f in (stop / "checkpoints").iterdir())
     assert script("train.py", "--resume", "--out_dir", stop, "--steps", step + 3).returncode == 0
 
-
 @on_gpu
 def test_correctness_out_of_memory_says_what_to_lower(tmp_path):
     run = script("-c", "import torch; torch.cuda.set_per_process_memory_fraction(0.001); import train; "
                  f"train.main(['--n_embd', '1024', '--n_layer', '8', '--out_dir', '{tmp_path}/run'])")
     assert run.returncode == 1 and "--micro_batch_tokens" in run.stderr
 
-
 # ---- Speed and size: rows ----
-
 
 def measured(flags, sides=None):
     """The numbers of throughput.py with these flags, written as a row."""
@@ -223,7 +205,6 @@ def measured(flags, sides=None):
         rows.write(json.dumps({"flags": flags} | throughput.where(o) | r) + "\n")
     return r
 
-
 @on_gpu
 @pytest.mark.parametrize("size, pairs, mfu", [
     ("gpt2", 64, 0.3), ("gpt2", 256, 0.38), ("gpt2-medium", 64, 0.45), ("gpt2-xl", 64, 0.5)])
@@ -231,7 +212,6 @@ def test_speed_and_size_of_our_step(size, pairs, mfu):
     """A share of the GPU's own matrix product in bfloat16, at most 70 GB, and no graph compiled late."""
     r = measured(f"--size {size} --pairs {pairs}", OURS)["ours"]
     assert r["mfu"] >= mfu and r["memory"] <= 70e9 and r["graphs_while_measured"] == 0
-
 
 @on_gpu
 @pytest.mark.parametrize("flags, faster", [
@@ -242,7 +222,6 @@ def test_speed_beside_others(flags, faster):
         pytest.importorskip("trl")
     r = measured(f"--size gpt2 {flags}")
     assert r["faster"] >= faster and r["smaller"] >= 4 and r["ours"]["graphs_while_measured"] == 0
-
 
 @on_gpu
 def test_speed_stays_over_200_steps_of_new_pairs():

@@ -33,7 +33,6 @@ REFUSED = {"bert": "is not a causal model", "rwkv@deep": "changes its weights wh
            "llama@dynamic": "a smaller --block_size", "phi3@longrope": "a smaller --block_size",
            "prophetnet": "no part of it gives the hidden states", "reformer": "cannot be trained"}
 
-
 @pytest.mark.filterwarnings("ignore")  # of transformers
 @pytest.mark.parametrize("name", ONE + TWO)
 def test_loss_and_all_gradients_are_those_of_plain_rows(name):
@@ -42,11 +41,9 @@ def test_loss_and_all_gradients_are_those_of_plain_rows(name):
         rows, *off = architectures.compare(architectures.tiny(name), architectures.tiny(name, 1), ["dpo"])
     assert rows == ("one" if name in ONE else "two") and max(off) < 1e-9, (rows, off)
 
-
 def checked(policy, lengths=architectures.LENGTHS, cfg=None):
     pairs = architectures.random_pairs(lengths)
     return huggingface_setup.check_numbers(policy, [pairs], cfg or architectures.config("dpo"), "it")
-
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name, says", REFUSED.items())
@@ -54,24 +51,19 @@ def test_what_is_not_exact_is_refused(name, says):
     with architectures.float64_throughout(), pytest.raises(ConfigError, match=says):
         checked(Policy(architectures.tiny(name)))
 
-
 def test_a_start_whose_long_rows_differ_is_exact_where_no_row_is_long():
     with architectures.float64_throughout():
         assert "one row" in checked(Policy(architectures.tiny("phi3@longrope")), [(9, 8, 3), (2, 4, 9)])
-
 
 def test_the_pairs_that_are_checked_are_the_ends_of_every_length_and_one_at_each_limit():
     lengths = [(9, 9, 9), (1, 9, 9), (20, 3, 4), (9, 30, 1), (8, 8, 10), (9, 10, 13), (9, 10, 16), (9, 9, 8)]
     found = huggingface_setup.telling(architectures.random_pairs(lengths), {21, 99})
     assert found == {1, 2, 3, 6} | {4, 5, 2}  # the ends; alone beyond 21: the row, one response's path, both
 
-
 # ---- From the command line ----
-
 
 TEMPLATE = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -83,7 +75,6 @@ def folder(tmp_path_factory):
     tokenizer.save(folder)
     (folder / "chat_template.jinja").unlink()
     return folder
-
 
 @pytest.fixture(scope="module")
 def start(folder, tmp_path_factory):
@@ -98,11 +89,9 @@ def start(folder, tmp_path_factory):
         return made[name]
     return make
 
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(report, "answer", lambda model, tokenizer, prompt, seed: "An answer.")
-
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
@@ -113,16 +102,13 @@ def eight(tmp_path_factory):
         + "\n" for i in range(8)))
     return path
 
-
 def log_of(path):
     return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-
 
 def run(main, init, data, out, *more, steps=2):
     main([str(x) for x in (
         "--init", init, "--data", data, "--val_data", data, "--out_dir", out, "--steps", steps,
         "--batch_size", 6, "--block_size", 64, "--log_every", 1, "--eval_every", 0, *more)])
-
 
 def refused(capsys, *argv):
     """Runs it; the one line that it ends with, at status 2."""
@@ -131,7 +117,6 @@ def refused(capsys, *argv):
     said = capsys.readouterr().err.strip()
     assert status.value.code == 2 and "\n" not in said
     return said
-
 
 @pytest.mark.parametrize("loss", ["sft", "dpop", "tdpo2", "2d-dpo"])
 def test_gpt2_gives_the_numbers_of_train_py(folder, eight, tmp_path, loss):
@@ -143,7 +128,6 @@ def test_gpt2_gives_the_numbers_of_train_py(folder, eight, tmp_path, loss):
             if "loss" in name or "log" in name or name == "grad_norm" or "kl/" in name:
                 assert port[name] == pytest.approx(x, rel=1e-8, abs=1e-9), name
 
-
 @pytest.mark.slow
 @pytest.mark.skipif(machine.cannot_compile() is not None, reason="torch.compile needs g++ and Python.h")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of the compiler
@@ -153,7 +137,6 @@ def test_a_compiled_run_has_the_numbers_of_an_eager_one(folder, eight, tmp_path)
         run(huggingface.main, folder, eight, tmp_path / switch, "--lr", 1e-3, "--dtype", "float64", switch)
         logs.append([r["loss"] for r in log_of(tmp_path / switch) if "loss" in r])
     assert len(logs[0]) == 2 and logs[0] == pytest.approx(logs[1], rel=1e-8)
-
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["bart", "ernie4_5_moe"])
@@ -167,7 +150,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(start, eight, tmp_path, 
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(first[key], before[key]) for key in first)
 
-
 def test_the_result_opens_with_its_tokenizer_and_stops_where_its_answers_were_closed(folder, eight, tmp_path):
     run(huggingface.main, folder, eight, tmp_path)
     text = "Is it resumed? It is."
@@ -175,7 +157,6 @@ def test_the_result_opens_with_its_tokenizer_and_stops_where_its_answers_were_cl
     assert own.encode(text) == Tokenizer("bytes").encode(text)
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [256]
     assert not (tmp_path / "result.part").exists()
-
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_tensor_is_saved_in_the_dtype_of_the_start(start, eight, tmp_path):
@@ -194,7 +175,6 @@ def test_each_tensor_is_saved_in_the_dtype_of_the_start(start, eight, tmp_path):
     [checkpoint] = (tmp_path / "out").glob("checkpoints/*.safetensors")
     assert {x.dtype for x in load_file(checkpoint).values()} == {torch.float32}
 
-
 def test_a_result_that_does_not_say_what_memory_says_is_not_put_there(folder, eight, tmp_path, monkeypatch):
     """Whatever goes wrong while it is written: the run ends in one line, its checkpoint has the weights."""
     save = transformers.GPT2LMHeadModel.save_pretrained
@@ -212,7 +192,6 @@ def test_a_result_that_does_not_say_what_memory_says_is_not_put_there(folder, ei
     run(huggingface.main, folder, eight, tmp_path, "--resume")
     assert (tmp_path / "model.safetensors").exists()
 
-
 def test_a_start_that_could_not_be_saved_or_read_is_refused_before_training(folder, eight, tmp_path, capsys):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -225,7 +204,6 @@ def test_a_start_that_could_not_be_saved_or_read_is_refused_before_training(fold
     assert "not finished" in refused(capsys, *common)
     assert not (tmp_path / "out").exists()
 
-
 def test_another_reference_has_our_tokenizer_and_rows_of_its_own(folder, start, eight, tmp_path, capsys):
     """A reference with a sliding window beside a policy without: two rows a pair for it alone."""
     run(huggingface.main, start("gpt2"), eight, tmp_path / "out", "--ref", start("mistral@narrow"))
@@ -237,7 +215,6 @@ def test_another_reference_has_our_tokenizer_and_rows_of_its_own(folder, start, 
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "ref")
     assert "another vocabulary" in refused(capsys, "--init", folder, "--ref", tmp_path / "ref",
                                            "--data", eight, "--out_dir", tmp_path / "out2")
-
 
 @pytest.mark.filterwarnings("ignore")
 def test_lora_trains_adapters_only_and_its_reference_is_without_them(start, eight, tmp_path, capsys):
@@ -266,14 +243,12 @@ def test_lora_trains_adapters_only_and_its_reference_is_without_them(start, eigh
     assert "does not run on a row" in refused(capsys, "--init", start("xglm"), "--dtype", "float64", *common)
     assert "says peft" in refused(capsys, "--init", start("mamba"), "--lora", 4, *common)
 
-
 @pytest.fixture
 def chat(folder):
     own = transformers.AutoTokenizer.from_pretrained(folder)
     own.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>"]})
     own.chat_template = TEMPLATE
     return huggingface_setup.Tokenizer(own)
-
 
 def test_messages_are_rendered_by_the_model_s_own_chat_template(chat):
     """One message is one message, whatever it says; an answer is closed by what ends a turn."""
@@ -285,7 +260,6 @@ def test_messages_are_rendered_by_the_model_s_own_chat_template(chat):
     assert chat.eot == stop and ids.count(stop) == 2 and chat.lead == "" and chat.rendered == 1
     assert chat.decode(plain) == "\n\nHuman: plain"
 
-
 def test_text_that_was_rendered_already_is_refused(chat):
     """Its special tokens would be read as letters, and its end added once more."""
     rendered = "<|start|>user\nWhy?<|stop|>\n"
@@ -294,7 +268,6 @@ def test_text_that_was_rendered_already_is_refused(chat):
             chat.encode_prompts(bad)
     with pytest.raises(DataError, match="special token"):
         chat.encode_batch(["Because.<|stop|>"])
-
 
 def test_without_a_chat_template_messages_are_turns_and_a_line_says_which(folder, eight, tmp_path, capsys):
     run(huggingface.main, folder, eight, tmp_path / "text")
@@ -312,7 +285,6 @@ def test_without_a_chat_template_messages_are_turns_and_a_line_says_which(folder
     own = huggingface_setup.Tokenizer(transformers.AutoTokenizer.from_pretrained(tmp_path))
     assert own.own.chat_template and own.lead == " " and own.encode_prompts(user[:1]) == [ids]
 
-
 def test_a_tokenizer_of_sentencepiece_s_kind():
     """Prompts begin with begin-of-text, responses do not; spaces are "\u2581", rare bytes "<0xE6>"."""
     from tokenizers import Tokenizer, models, normalizers, processors
@@ -327,7 +299,6 @@ def test_a_tokenizer_of_sentencepiece_s_kind():
     assert text == [0, *tokenizer.encode("a b")] and turns[0] == 0 and 0 not in turns[1:] + chosen
     assert tokenizer.eot == 1 and b"".join(tokenizer.token_bytes[i] for i in chosen) == " a日".encode()
 
-
 def test_segments_are_found_by_the_bytes_of_the_model_s_tokens(folder):
     own = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer = huggingface_setup.Tokenizer(own, segmented=True)
@@ -338,9 +309,7 @@ def test_segments_are_found_by_the_bytes_of_the_model_s_tokens(folder):
     with pytest.raises(DataError, match="changes this text"):
         tokenizer.encode(text)
 
-
 # ---- Answers, numbers, flags ----
-
 
 def test_a_run_ends_with_answers_and_a_command_that_samples_it(folder, eight, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "answer", lambda model, tokenizer, prompt, seed: tokenizer.decode(
@@ -355,7 +324,6 @@ def test_a_run_ends_with_answers_and_a_command_that_samples_it(folder, eight, tm
     huggingface.main(["--init", str(tmp_path), "--ask", prompt])
     assert capsys.readouterr().out.split() == policy[0][1:]
 
-
 def test_logits_are_float32_in_a_bfloat16_run():
     """As train.head asks for them, under autocast; the trunk is in bfloat16 there."""
     model = architectures.tiny("llama").float()
@@ -364,7 +332,6 @@ def test_logits_are_float32_in_a_bfloat16_run():
         logits = policy.logits(hidden, centered=True)
     torch.testing.assert_close(logits, hidden @ model.lm_head.weight.T)
     assert "forward" not in vars(model.get_decoder())  # the trunk is itself again
-
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_have_the_numbers_of_one_process(start, eight, tmp_path, monkeypatch):
@@ -405,7 +372,6 @@ def test_two_ranks_have_the_numbers_of_one_process(start, eight, tmp_path, monke
         one, two = (load_file(tmp_path / place / str(i) / "model.safetensors") for place in ("one", "two"))
         assert one.keys() == two.keys()
         assert all((one[key] - two[key]).abs().max() < 1e-9 for key in one), kind
-
 
 @pytest.mark.parametrize("argv, says", [
     ([], "must name a model"),

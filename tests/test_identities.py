@@ -29,53 +29,42 @@ V = 5                                                               # tokens in 
 
 # Helpers: one pair, 4 chosen tokens in segments 0 0 1 1, 3 rejected tokens in segments 0 1 1
 
-
 Y_W, Y_L = torch.tensor([3, 0, 2, 4]), torch.tensor([1, 1, 0])
 SEGMENT_W, SEGMENT_L = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1])
 R_W, R_L = torch.tensor([0.9, 0.4], dtype=torch.float64), torch.tensor([0.7, 0.2], dtype=torch.float64)
 
-
 def randn(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-
 def one_hot(y):
     return F.one_hot(y, V).double()
-
 
 def softmax(z):
     """e^z / sum e^z, written out."""
     return z.detach().exp() / z.detach().exp().sum(-1, keepdim=True)
 
-
 def log_pi(z, y):
     """log pi of each token, by a softmax written out; keeps the gradient."""
     return (z.exp() / z.exp().sum(-1, keepdim=True))[torch.arange(len(y)), y].log()
-
 
 def logratio(z, q, y):
     """rho_t of each token, a number without gradient."""
     return (log_pi(z, y) - log_pi(q, y)).detach()
 
-
 def kl(p, q):
     """KL(p || q) of probabilities, summed over everything."""
     return (p * (p / q).log()).sum()
 
-
 def sigma(x):
     return 1.0 / (1.0 + math.exp(-float(x)))
 
-
 def g_of(h):
     return BETA * sigma(-h)
-
 
 def close(actual, expected, tolerance=1e-11):
     expected = torch.as_tensor(expected, dtype=torch.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance), (actual, expected)
-
 
 def logit_pair(seed, healthy=None):
     """Logits of policy and reference for both responses; healthy: is the chosen one above the reference?"""
@@ -83,7 +72,6 @@ def logit_pair(seed, healthy=None):
     if healthy is not None:
         z_w = q_w + 0.3 * z_w + (1.5 if healthy else -1.5) * one_hot(Y_W)
     return z_w.requires_grad_(), z_l.requires_grad_(), q_w, q_l[:3]
-
 
 def loss_of(name, z_w, z_l, q_w, q_l, y_w=Y_W, y_l=Y_L, segment_w=SEGMENT_W, segment_l=SEGMENT_L,
             r_w=R_W, r_l=R_L, **hyper):
@@ -100,18 +88,14 @@ def loss_of(name, z_w, z_l, q_w, q_l, y_w=Y_W, y_l=Y_L, segment_w=SEGMENT_W, seg
     function = getattr(losses, losses.LOSSES[name].__name__)
     return function(*(terms[n] for n in TERMS[name]), **HYPER[name] | hyper).squeeze()
 
-
 def logit_gradients(name, pair, **kwargs):
     return torch.autograd.grad(loss_of(name, *pair, **kwargs), pair[:2])
-
 
 def e_minus_s(z, y):
     """d log pi(y) / d z."""
     return one_hot(y) - softmax(z)
 
-
 # On logits
-
 
 def test_values_and_logit_gradients_of_the_sequence_losses():
     """-log sigma(h) from raw logits. DPO: chosen -g(e - s), rejected +g(e - s). DPOP: 1 + lam on an unhealthy
@@ -136,7 +120,6 @@ def test_values_and_logit_gradients_of_the_sequence_losses():
             close(grad_w, -g_of(h) * up)
             close(grad_l, g_of(h) * down)
 
-
 def test_2d_vanilla_logit_gradients_are_dpos_times_the_segments_reward():
     """-g r_k (e - s), +g r_k (e - s); a token in no segment gets exactly 0."""
     pair = z_w, z_l, q_w, q_l = logit_pair(8)
@@ -149,7 +132,6 @@ def test_2d_vanilla_logit_gradients_are_dpos_times_the_segments_reward():
     close(grad_l, g_of(h) * weight_l[:, None] * e_minus_s(z_l, Y_L))
     assert (grad_w[1] == 0).all()
 
-
 def test_a_constant_added_to_the_logits_of_a_position_changes_no_loss():
     """Softmax does not see it, on either model; so the logit gradient of each position sums to 0."""
     for name, healthy in itertools.product(HYPER, (True, False)):
@@ -158,7 +140,6 @@ def test_a_constant_added_to_the_logits_of_a_position_changes_no_loss():
         close(loss_of(name, *moved), loss_of(name, *pair))
         for grad in logit_gradients(name, pair):
             assert grad.abs().max() > 1e-3 and grad.sum(-1).abs().max() < 1e-14, name
-
 
 def test_at_the_reference_every_loss_is_log_2_with_dpos_gradient():
     """theta = ref: log 2, the group N log 2. DPOP as relu'(0) = 0, TDPO as KL's gradient is 0 at its minimum,
@@ -175,13 +156,10 @@ def test_at_the_reference_every_loss_is_log_2_with_dpos_gradient():
         if "chosen_rewards" in TERMS[name]:
             assert (logit_gradients(name, pair)[0] - dpo[0]).abs().max() > 1e-3
 
-
 # On sequence log-probabilities: shifts and swaps
-
 
 def numbers(*values):
     return [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in values]
-
 
 def test_swapping_chosen_and_rejected_costs_minus_h():
     """L(w, l) - L(l, w) = -h, since log sigma(h) - log sigma(-h) = h: DPO, TDPO1 and the value of TDPO2. They
@@ -197,9 +175,7 @@ def test_swapping_chosen_and_rejected_costs_minus_h():
     dpop = [losses.dpop_loss(*x, beta=BETA, lam=LAM) for x in (args[:4], down[:4])]
     assert dpop[1] > dpop[0] + 0.1
 
-
 # A prefix that both responses share: the same tokens in the same context, hence the same logits
-
 
 def prefix_gradient(name, healthy, **kwargs):
     """dL / d (logits of the shared prefix), two tokens long, with what the formulas need: g, s, q, e."""
@@ -213,7 +189,6 @@ def prefix_gradient(name, healthy, **kwargs):
     grad = torch.autograd.grad(loss, z)[0]
     g = BETA * (1.0 - math.exp(-float(loss.detach())))              # sigma(-h) = 1 - e^-L
     return grad, g, softmax(z), softmax(q), one_hot(y)
-
 
 def test_what_each_loss_does_to_a_shared_prefix():
     """DPO 0. DPOP -g lam (e - s) with an active hinge, which raises the prefix, else 0. TDPO1 0. TDPO2
@@ -233,10 +208,8 @@ def test_what_each_loss_does_to_a_shared_prefix():
     assert prefix_gradient("2d-dpo-vanilla", None, **equal)[0].abs().max() < 1e-15
     assert prefix_gradient("2d-dpo", None, **equal)[0].abs().max() > 1e-3
 
-
 # DPOP's section 3: why DPO can lower the chosen response. One token differs; the tokens after it are the
 # same, in two contexts that share a parameter: a bias b added to the logits of both
-
 
 def bias_gradient(name, reference_shift):
     """-(1/g) dL/db_j at the two later positions k, one bias per position: (2, V); s_w, s_l, e there.
@@ -254,7 +227,6 @@ def bias_gradient(name, reference_shift):
     g = BETA * (1.0 - math.exp(-float(loss.detach())))
     return -torch.autograd.grad(loss, b)[0] / g, softmax(z_w)[2:], softmax(z_l)[2:], one_hot(y_w[2:])
 
-
 def test_dpop_paper_section_3_dpo_lowers_a_shared_token_and_dpop_raises_it():
     """Eq. 2: DPO moves b_j by s_j^l - s_j^w, which lowers the token that follows. DPOP with an active hinge:
     lam (1 - s_j^w) + s_j^l - s_j^w for j = t_k and -(lam + 1) s_j^w + s_j^l for the others raises it.
@@ -269,18 +241,15 @@ def test_dpop_paper_section_3_dpo_lowers_a_shared_token_and_dpop_raises_it():
     # the failure needs shared parameters: alone, the chosen token's logit gradient -g(1 - s) is negative
     assert all((logit_gradients("dpo", logit_pair(seed))[0][one_hot(Y_W) == 1] < 0).all() for seed in (1, 30))
 
-
 # Statistics, on a world that can be enumerated: responses of at most 3 of 4 tokens, token 0 ends one. A
 # policy is a table of logits, a row for each of 13 contexts: it can be any distribution over the 40 responses
 
 TOKENS, LONGEST = 4, 3
 
-
 def contexts(prefix=()):
     """All prefixes that a response may go on from."""
     longer = range(1, TOKENS) if len(prefix) + 1 < LONGEST else ()
     return [prefix, *(c for token in longer for c in contexts((*prefix, token)))]
-
 
 CONTEXTS = contexts()
 WORLD = [(*c, a) for c in CONTEXTS for a in range(TOKENS) if a == 0 or len(c) == LONGEST - 1]
@@ -290,16 +259,13 @@ TOKEN = torch.tensor([token for y in WORLD for token in y])
 OF = torch.tensor([i for i, y in enumerate(WORLD) for _ in y])
 FIRST, SECOND = torch.tensor(list(itertools.permutations(range(len(WORLD)), 2))).T
 
-
 def both(x):
     """Of something that every response has: that of the first and of the second, for all ordered pairs."""
     return x[FIRST], x[SECOND]
 
-
 def world_logps(table):
     """log pi(y) of every response, by losses.py."""
     return losses.segment_sum(losses.token_logps(table[ROW], TOKEN), OF, len(WORLD))
-
 
 def world_probabilities(table):
     """pi(y) of every response: a product of softmaxes, in plain Python."""
@@ -307,11 +273,9 @@ def world_probabilities(table):
     return torch.tensor([math.prod(s[CONTEXTS.index(y[:t])][y[t]] for t in range(len(y))) for y in WORLD],
                         dtype=torch.float64)
 
-
 def bradley_terry(r):
     """P(i beats j) of every ordered pair, Eq. 1 of DPO."""
     return torch.sub(*both(r)).sigmoid()
-
 
 def q_values(r, value):
     """Q(c, a), (13, TOKENS): r(y) where a ends a response, else value(row of the next context, its Q)."""
@@ -321,16 +285,13 @@ def q_values(r, value):
                             value(CONTEXTS.index((*c, a)), q[*c, a]) for a in range(TOKENS)])
     return torch.stack([q[c] for c in CONTEXTS])
 
-
 def summed(per_token):
     """The sum over each response of something (13, TOKENS) that its tokens have."""
     return torch.zeros(len(WORLD), dtype=torch.float64).index_add(0, OF, per_token[ROW, TOKEN])
 
-
 def seq_kl(reference, policy):
     """D_SeqKL(y; pi_ref || pi) of every response, by losses.py."""
     return losses.segment_sum(losses.token_kl(reference, policy)[ROW], OF, len(WORLD))
-
 
 def minimise(loss, table):
     """L-BFGS to convergence."""
@@ -346,7 +307,6 @@ def minimise(loss, table):
     optimizer.step(closure)
     return table.detach()
 
-
 WORLD_BETA = 0.5
 REFERENCE, REWARD = randn(13, TOKENS, seed=41), randn(40, seed=42)
 PI_REF = world_probabilities(REFERENCE)
@@ -356,11 +316,9 @@ S_REF = softmax(REFERENCE)                                          # token by t
 Q_REF = q_values(REWARD, lambda row, q: (S_REF[row] * q).sum())
 Q_STAR = q_values(REWARD, lambda row, q: WORLD_BETA * (S_REF[row] * (q / WORLD_BETA).exp()).sum().log())
 
-
 def objective(pi):
     """E r - beta KL(pi || pi_ref), Eq. 3 of DPO."""
     return (pi * REWARD).sum() - WORLD_BETA * kl(pi, PI_REF)
-
 
 def test_the_world_is_complete():
     """40 responses, 13 contexts; a policy's probabilities sum to 1, and losses.py finds the same ones."""
@@ -368,14 +326,12 @@ def test_the_world_is_complete():
     close(PI_REF.sum(), 1.0)
     close(world_logps(REFERENCE).exp(), PI_REF)
 
-
 def test_1_dpo_eq_3_and_4_the_objective_of_any_policy_is_its_distance_to_the_optimum():
     """E_pi r - beta KL(pi || pi_ref) = beta log Z - beta KL(pi || pi_r) for every pi, so pi_r is the best."""
     for seed in range(50, 60):
         pi = world_probabilities(2 * randn(13, TOKENS, seed=seed))
         close(objective(pi), WORLD_BETA * Z.log() - WORLD_BETA * kl(pi, OPTIMUM), 1e-14)
     close(objective(OPTIMUM), WORLD_BETA * Z.log(), 1e-14)
-
 
 def test_2_2d_dpo_appendix_a_the_optimum_is_a_token_level_policy():
     """A.2-A.3: beta log pi*(a|s)/pi_ref(a|s) = Q*(s,a) - V*(s), V* = beta log E_ref e^(Q* / beta), is Eq. 4's
@@ -385,7 +341,6 @@ def test_2_2d_dpo_appendix_a_the_optimum_is_a_token_level_policy():
     close(WORLD_BETA * (softmax(policy) / S_REF).log(), Q_STAR - v[:, None])
     close(world_probabilities(policy), OPTIMUM, 1e-14)
     close(v[CONTEXTS.index(())], WORLD_BETA * Z.log(), 1e-14)
-
 
 def test_3_2d_dpo_eq_6_is_a_sum_of_vanilla_losses():
     """A.4: sum over k < N of the vanilla loss whose rewards are 0 outside the k-th pair of segments."""
@@ -403,7 +358,6 @@ def test_3_2d_dpo_eq_6_is_a_sum_of_vanilla_losses():
     assert len(set(paired.sum(1).tolist())) > 1
     close(losses.dpo2d_loss(*logps, r_w, r_l, *masks, beta=BETA), total, 1e-15)
 
-
 def test_4_tdpo_lemma_the_advantages_of_the_reference_sum_to_the_reward():
     """sum_t A_ref(s_t, a_t) = r(y) - V_ref(x): Bradley-Terry on advantages is Bradley-Terry on rewards."""
     v = (S_REF * Q_REF).sum(-1)
@@ -411,7 +365,6 @@ def test_4_tdpo_lemma_the_advantages_of_the_reference_sum_to_the_reward():
     close(advantages, REWARD - v[CONTEXTS.index(())], 1e-14)
     close(v[CONTEXTS.index(())], (PI_REF * REWARD).sum(), 1e-14)
     close(bradley_terry(advantages), bradley_terry(REWARD), 1e-14)
-
 
 def test_5_tdpo_bellman_step_per_state():
     """Eq. 4.2's per-token problem: E_pi A - beta KL(pi || pi_ref) is least far from its maximum at
@@ -426,13 +379,11 @@ def test_5_tdpo_bellman_step_per_state():
         pi = softmax(2 * randn(13, TOKENS, seed=seed))
         close(value(best) - value(pi), WORLD_BETA * (pi * (pi / best).log()).sum(-1), 1e-14)
 
-
 def population(loss, table, with_kl):
     """A loss over all ordered pairs of responses, each as often as Bradley-Terry prefers it."""
     kls = both(seq_kl(REFERENCE, table)) if with_kl else ()
     terms = [*both(world_logps(table)), *both(PI_REF.log()), *kls]
     return (bradley_terry(REWARD) * loss(*terms, beta=WORLD_BETA)).mean()
-
 
 def test_minimising_dpos_population_loss_finds_the_optimal_policy_of_eq_4():
     """With Bradley-Terry preferences descent ends at pi_ref e^(r / beta) / Z. Eq. 5: the implicit reward is r
@@ -447,7 +398,6 @@ def test_minimising_dpos_population_loss_finds_the_optimal_policy_of_eq_4():
     p = bradley_terry(REWARD)
     close(bradley_terry(rewards), p, 1e-6)
     close(population(losses.dpo_loss, found, False), -(p * p.log()).mean(), 1e-9)
-
 
 def test_6_tdpo1s_population_optimum_is_not_eq_4s_policy():
     """Descent on TDPO1's population loss ends at pi_ref e^(Q_ref / beta), where Theorem 4.5 explains every
@@ -471,7 +421,6 @@ def test_6_tdpo1s_population_optimum_is_not_eq_4s_policy():
         low, high = (low, beta) if kl(of_eq_4, PI_REF) < kl(pi, PI_REF) else (beta, high)
     assert (of_eq_4 * REWARD).sum() - (pi * REWARD).sum() > 0.05
 
-
 def test_7_dpop_is_dpo_with_a_reward_of_its_own_and_never_below_it():
     """Eq. 3 = -log sigma(r_w - r_l) with the paper's implicit reward r_w = beta (rho_w - lam max(0, -rho_w)),
     r_l = beta rho_l; >= DPO, equal where rho_w >= 0. Contrastive form: the penalty is max(0, D - m), D the
@@ -485,7 +434,6 @@ def test_7_dpop_is_dpo_with_a_reward_of_its_own_and_never_below_it():
     close(dpop[w >= ref_w], dpo[w >= ref_w], 1e-14)
     penalty = ((-w) - (-ref_w)).clamp(min=0)                        # max(0, D - m)
     close(dpop, -F.logsigmoid(BETA * (w - ref_w - l_ + ref_l - LAM * penalty)), 1e-14)
-
 
 def test_8_the_gradient_of_a_whole_step_by_the_chain_rule():
     """grad_theta L = sum dL/dlog pi grad log pi + dL/dK grad K: train.step against separate backward passes,
@@ -527,7 +475,6 @@ def test_8_the_gradient_of_a_whole_step_by_the_chain_rule():
         policy.zero_grad()
         train.step(policy, reference, data.collate(pairs), losses.LOSSES[name], 1.0, cfg)
         close(torch.cat([p.grad.flatten() for p in policy.parameters()]), wanted, 1e-12)
-
 
 def test_sequential_kl_by_enumeration_forward_and_reverse():
     """Chain rule: E_ref D_SeqKL = KL(pi_ref || pi) over responses; the other ways round it is another."""

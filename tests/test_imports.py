@@ -9,7 +9,6 @@ LEVELS = [  # low to high: a file imports from lower levels and its own
     {"plumbing.vocab", "plumbing.pretrained", "plumbing.pairs"}, {"model", "data"}, {"plumbing"}, {"train"},
     {"sample"}, {"tools", "ports", "experiments", "golden", "docs"}, {"tests"}]
 
-
 def level(name):
     """The level of a module, or of its package."""
     for key in (name, name.split(".")[0]):
@@ -17,7 +16,6 @@ def level(name):
             if key in names:
                 return i
     raise AssertionError(f"{name}: not in LEVELS")
-
 
 def imports_of(path, name, modules):
     """The modules of ours that a file imports, also inside functions; neighbours by their name alone too."""
@@ -29,7 +27,6 @@ def imports_of(path, name, modules):
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     package = name.rpartition(".")[0]
     return (found | {f"{package}.{x}" for x in found}) & modules - {name}
-
 
 def test_imports_form_no_circle_and_point_down():
     files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p

@@ -26,44 +26,36 @@ TAKES = {name: losses.terms_of(losses.LOSSES[name]) for name in HYPER}
 SEQUENCE = ("dpo", "dpop", "tdpo1", "tdpo2")
 TWO_D = ("2d-dpo-vanilla", "2d-dpo")
 
-
 # Helpers
 
 def f64(*values):
     """A float64 tensor with a gradient."""
     return torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
-
 def yes(*values):
     """A mask: 1 where a segment exists."""
     return torch.tensor(values, dtype=torch.bool)
-
 
 def logps_of(*values):
     """The four log-probabilities by name."""
     return dict(zip(LOGPS, values, strict=True))
 
-
 def rng(seed):
     return torch.Generator().manual_seed(seed)
 
-
 def randn(*shape, seed):
     return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
-
 
 def call(name, args, **hyper):
     """The loss `name` on a dict of arguments."""
     function = getattr(losses, losses.LOSSES[name].__name__)
     return function(*(args[n] for n in TAKES[name]), **(HYPER[name] | hyper))
 
-
 def gradients(loss, args):
     """d loss.sum() / d argument for every argument that requires it; one without influence has 0."""
     names = [n for n in args if args[n].requires_grad]
     found = torch.autograd.grad(loss.sum(), [args[n] for n in names], materialize_grads=True)
     return dict(zip(names, found, strict=True))
-
 
 def random_args(name, seed, pairs=6, s_w=4, s_l=3, dtype=torch.float64):
     """Random arguments of a loss; rewards without ties; every pair keeps its first segment."""
@@ -77,7 +69,6 @@ def random_args(name, seed, pairs=6, s_w=4, s_l=3, dtype=torch.float64):
             args[n] = (-6.0 * x if n in LOGPS else 4.0 * x if n in KLS else x).to(dtype).requires_grad_()
     return args
 
-
 def close(actual, expected, tolerance=1e-9):
     """Equal shapes, and equal numbers to an absolute and relative tolerance; NaN equals nothing."""
     actual = torch.as_tensor(actual)
@@ -85,10 +76,8 @@ def close(actual, expected, tolerance=1e-9):
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance), (actual, expected)
 
-
 def sigma(x):
     return 1.0 / (1.0 + math.exp(-x))
-
 
 # From logits to log-probabilities, and their sums
 
@@ -101,7 +90,6 @@ def test_token_logps_by_hand():
     close(logps, [-1.386294361119891, -1.098612288668110], 1e-12)
     close(torch.autograd.grad(logps.sum(), z)[0],
           [[-1 / 8, 1 - 2 / 8, -5 / 8], [-1 / 3, -1 / 3, 1 - 1 / 3]], 1e-12)
-
 
 def test_token_kl_by_hand_and_its_direction():
     """token_kl is the forward KL(pi_ref || pi), with gradient s - q; the reverse is another number."""
@@ -116,7 +104,6 @@ def test_token_kl_by_hand_and_its_direction():
     close(torch.autograd.grad(losses.token_kl(q[0], s[0]).sum(), s[0])[0], [[-0.25, 0.25]], 1e-12)
     close(torch.autograd.grad(losses.token_kl(q[1], s[1]).sum(), s[1])[0], [[-0.25, 0.0, 0.25]], 1e-12)
 
-
 def test_the_vocabulary_is_the_last_dimension_whatever_stands_before_it():
     """One position (V,), positions (N, V), batches (B, T, V) and more give the same numbers."""
     z, z_ref, y = randn(6, 4, seed=7), randn(6, 4, seed=8), torch.randint(4, (6,), generator=rng(6))
@@ -127,13 +114,11 @@ def test_the_vocabulary_is_the_last_dimension_whatever_stands_before_it():
     close(losses.token_logps(z[5], y[5]), logps[5])
     close(losses.token_kl(z_ref[5], z[5]), kl[5])
 
-
 def test_an_id_outside_the_vocabulary_is_an_index_error():
     """No id means "ignore me": -100 would silently score 0."""
     for bad in (-1, -100, 4):
         with pytest.raises(IndexError):
             losses.token_logps(torch.zeros(2, 4), torch.tensor([0, bad]))
-
 
 def test_shapes_that_would_be_broadcast_in_silence_are_refused():
     """(B, 1) beside (B,) would give (B, B), logits (2, 3, V) beside targets (3, 2) some numbers."""
@@ -146,7 +131,6 @@ def test_shapes_that_would_be_broadcast_in_silence_are_refused():
         for i in range(len(TAKES[name])):
             with pytest.raises(ValueError, match=r"\(3, 1\)"):
                 losses.LOSSES[name](*(b[:, None] if j == i else b for j in range(len(TAKES[name]))))
-
 
 def test_a_masked_vocabulary_has_a_kl():
     """Logits of -inf: 0 log 0 is 0 where q = 0; q > 0 with s = 0 is +inf; else the gradient is s - q."""
@@ -161,7 +145,6 @@ def test_a_masked_vocabulary_has_a_kl():
         assert kl[2] == math.inf                                    # s = (1/2, 1/2, 0), q = (1/3, 1/3, 1/3)
         close(torch.autograd.grad(kl[:2].sum(), z)[0][:2], [[-0.25, 0.25, 0.0], [-0.25, 0.0, 0.25]], 1e-6)
 
-
 def test_segment_sum_by_hand():
     """Each segment sums the values that carry its id, gradient 1; an id that no token carries has 0."""
     values = f64(1.0, 2.0, 4.0, 8.0, 16.0)
@@ -170,7 +153,6 @@ def test_segment_sum_by_hand():
     weights = torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0], dtype=torch.float64)
     assert torch.autograd.grad((weights * total).sum(), values)[0].tolist() == [20.0, 10.0, 20.0, 40.0, 20.0]
     assert losses.segment_sum(values[:0], torch.arange(0), 2).tolist() == [0.0, 0.0]
-
 
 def test_sums_are_float64_whatever_comes_in():
     """4096 float32 tokens are summed to 1e-9 nats (float32: 1e-2), and the gradient is float32 again."""
@@ -181,7 +163,6 @@ def test_sums_are_float64_whatever_comes_in():
     assert torch.autograd.grad(total.sum(), values)[0].dtype == torch.float32
     for half in (torch.float16, torch.bfloat16):                    # 2048 and 256 in these
         assert losses.segment_sum(torch.ones(3000, dtype=half), where[:3000], 1).tolist() == [3000.0]
-
 
 # Half precision
 
@@ -198,7 +179,6 @@ def test_half_precision_is_computed_in_float32_everywhere():
             wide = function(*(x.float() if x.is_floating_point() else x for x in args))
             found = function(*args)
             assert found.dtype == torch.float32 and torch.equal(found, wide), (function, half)
-
 
 # The losses by hand, values and gradients
 
@@ -219,7 +199,6 @@ def test_sft_and_dpo_by_hand():
     for n, sign in zip(LOGPS, (-1, 1, 1, -1), strict=True):
         close(gradients(call("dpo", args, beta=0.1), args)[n], sign * g)
 
-
 def test_dpop_by_hand():
     """Eq. 3: the hinge stands inside beta's bracket and acts only below the reference."""
     # pair 0: rho_w = -1, rho_l = -3, lam 5: h = 0.3 (-1 + 3 - 5) = -0.9
@@ -236,7 +215,6 @@ def test_dpop_by_hand():
     close(grad["ref_chosen_logps"], [1.279709104725007, 0.0425553195701464])
     close(grad["ref_rejected_logps"], [-0.213284850787501, -0.0425553195701464])
 
-
 def test_dpop_at_the_kink_has_dpos_gradient():
     """relu'(0) = 0: at rho_w = 0 exactly the first step is DPO's; one hair below, 1 + lam is on."""
     ref, two = f64(-3.0, -3.0, -3.0), f64(-2.0, -2.0, -2.0)
@@ -245,7 +223,6 @@ def test_dpop_at_the_kink_has_dpos_gradient():
     # h = 0 to nine digits: g = 0.2 / 2 = 0.1
     close(grad["chosen_logps"], [-0.1, -0.1 * 8.0, -0.1], 1e-7)
     close(grad["ref_chosen_logps"], [0.1, 0.1 * 8.0, 0.1], 1e-7)
-
 
 def test_tdpo1_and_tdpo2_by_hand():
     """TDPO1: both KLs carry gradient. TDPO2: the chosen KL counts, but carries none."""
@@ -262,7 +239,6 @@ def test_tdpo1_and_tdpo2_by_hand():
         grad = gradients(loss, args)
         for n, sign in zip(LOGPS + KLS, signs, strict=True):
             close(grad[n], [sign * g])
-
 
 def test_2d_vanilla_by_hand():
     """One log-sigmoid for the pair, every segment's log-ratio scaled by its reward."""
@@ -282,7 +258,6 @@ def test_2d_vanilla_by_hand():
     close(grad["rejected_logps"], [[0.2 * g, 0.6 * g, 0.0]])
     close(grad["chosen_rewards"], [[-0.4 * g, 0.8 * g]])            # -g rho_w
     close(grad["rejected_rewards"], [[-1.0 * g, -0.5 * g, 2.0 * g]])  # +g rho_l
-
 
 def test_2d_group_by_hand():
     """Eq. 6: the best chosen segments against the worst rejected ones, a log-sigmoid each, summed."""
@@ -306,7 +281,6 @@ def test_2d_group_by_hand():
     close(grad["rejected_rewards"], [[-0.25 * g_1, 1.0 * g_0]])     # +g_k rho_l
     assert grad["chosen_logps"][0, 0] == 0.0
 
-
 # Reductions
 
 def test_dpop_with_lam_0_and_tdpo2_with_alpha_0_are_dpo():
@@ -321,7 +295,6 @@ def test_dpop_with_lam_0_and_tdpo2_with_alpha_0_are_dpo():
             close(grad, expected[n], 1e-13)
     infinite = [f64(-math.inf), f64(-1.0), f64(-2.0), f64(-1.0)]
     assert losses.dpop_loss(*infinite, lam=0.0) == losses.dpo_loss(*infinite) == math.inf
-
 
 def test_2d_vanilla_with_one_token_segments_is_token_weighted_dpo():
     """-log sigma(beta sum_t w_t rho_t^w - beta sum_t w_t rho_t^l): one token a segment, r its weight.
@@ -342,14 +315,12 @@ def test_2d_vanilla_with_one_token_segments_is_token_weighted_dpo():
         close(loss, [math.log1p(math.exp(-h))], 4e-16)
         close(gradients(loss, args)["chosen_logps"][0], -0.3 * sigma(-h) * w[0], 1e-15)
 
-
 # Segment rewards and the selection
 
 def test_segment_rewards_by_hand():
     """r_k = W r~_k: aspects weighted and summed."""
     scores = f64([[1.0, 0.5], [0.0, 1.0], [0.2, 0.2]])              # (1, 3, 2), W = (3/4, 1/4)
     close(losses.segment_rewards(scores, f64(0.75, 0.25)), [[0.875, 0.25, 0.2]], 1e-12)
-
 
 def test_the_kth_best_chosen_segment_meets_the_kth_worst_rejected_one():
     """By hand, S_w = 4 against S_l = 3, masks on both sides, a different N in each pair of the batch."""
@@ -364,7 +335,6 @@ def test_the_kth_best_chosen_segment_meets_the_kth_worst_rejected_one():
     assert pairs[1] == [(2, 1), (0, 0)]                             # 0.9 and 0.7 are masked; N = 2
     assert pairs[2] == [(1, 0)]                                     # the worst two rejected are masked; N = 1
     assert paired.tolist() == [[True, True, True], [True, True, False], [True, False, False]]  # k < N
-
 
 def test_equal_rewards_are_equal_although_floats_round():
     """Random scores, 1 to 10 segments, against integers: no segment is mispaired, in float32 or float64.
@@ -387,7 +357,6 @@ def test_equal_rewards_are_equal_although_floats_round():
             i_w, i_l, paired = losses.select_segments(*rewards, *masks)
             assert torch.equal(i_w[paired], best[paired]) and torch.equal(i_l[paired], worst[paired]), W
 
-
 def test_a_chain_of_small_gaps_is_one_reward_and_what_is_masked_is_no_link():
     """Sorted, only a gap above 1e-5 parts rewards: 0, 0.8e-5 and 1.6e-5 are equal, 0 and 1.6e-5 alone not."""
     r = torch.tensor([[1.6e-5, 0.8e-5, 0.0]] * 2, dtype=torch.float64)
@@ -395,7 +364,6 @@ def test_a_chain_of_small_gaps_is_one_reward_and_what_is_masked_is_no_link():
     i_w, i_l, paired = losses.select_segments(r, r, mask, mask)
     assert i_l.tolist() == [[0, 1, 2], [2, 0, 1]] and i_w.tolist() == [[0, 1, 2], [0, 2, 1]]
     assert paired.tolist() == [[True, True, True], [True, True, False]]
-
 
 def test_equal_rewards_keep_the_order_of_the_text():
     """More than 16 ties (below that an unstable sort looks stable), on both sides, with masks in between."""
@@ -407,7 +375,6 @@ def test_equal_rewards_keep_the_order_of_the_text():
     mask = torch.arange(40)[None] % 3 != 0                          # every third segment masked
     i_w, i_l, paired = losses.select_segments(0 * two, 0 * two, mask, mask)
     assert i_w[paired].tolist() == i_l[paired].tolist() == [k for k in range(40) if k % 3]
-
 
 # Masks
 
@@ -432,7 +399,6 @@ def test_masked_segments_change_neither_value_nor_gradient_whatever_stands_in_th
                 close(long_grad[n][real].reshape(expected.shape), expected, 1e-13)
                 assert (long_grad[n][~real] == 0).all(), (name, n, filling)
 
-
 # Extreme values
 
 def test_extreme_log_probabilities_give_finite_values_and_gradients():
@@ -451,7 +417,6 @@ def test_extreme_log_probabilities_give_finite_values_and_gradients():
         close(grad["chosen_logps"].flatten(), [-0.3 * times if wrong else 0.0], 1e-5)
         close(grad["rejected_logps"].flatten(), [0.3 if wrong else 0.0], 1e-5)
 
-
 # The interface
 
 def test_a_loss_says_what_it_takes_and_has_its_papers_settings():
@@ -467,7 +432,6 @@ def test_a_loss_says_what_it_takes_and_has_its_papers_settings():
     for name in SEQUENCE + TWO_D:
         with pytest.raises(TypeError):
             losses.LOSSES[name](*random_args(name, 39).values(), 0.1)
-
 
 def test_nothing_is_made_on_a_default_device():
     """With another default device the results of tensors on the CPU are the same, and there."""

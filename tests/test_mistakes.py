@@ -23,7 +23,6 @@ pytestmark = pytest.mark.slow
 
 FAILURES = (Exception, pytest.fail.Exception)                    # the latter is no Exception
 
-
 def load(*files):
     """The tests without arguments in these files, name -> function."""
     tests = {}
@@ -35,7 +34,6 @@ def load(*files):
         tests |= {f"{file}::{name}": test for name, test in vars(module).items()
                   if name.startswith("test_") and not inspect.signature(test).parameters}
     return tests
-
 
 def first_failure(mistake, tests):
     """The first test that fails under the mistake, None if none does. It goes first the next time."""
@@ -49,7 +47,6 @@ def first_failure(mistake, tests):
                 return name
     return None
 
-
 def pieces(mistake):
     """The mistake in one function of losses.py at a time: beta missing in dpo_loss, in dpop_loss, ..."""
     for target, replacement in mistake.patches.items():
@@ -57,13 +54,11 @@ def pieces(mistake):
             name = mistake.name if len(mistake.patches) == 1 else f"{mistake.name} in {target}"
             yield dataclasses.replace(mistake, name=name, patches={target: replacement})
 
-
 def caught_by_tests():
     """Every mistake in losses.py, function by function -> the test that catches it, None if none does."""
     tests = load("test_losses.py", "test_identities.py")
     return {piece.name: first_failure(piece, tests)
             for mistake in mistakes.MISTAKES for piece in pieces(mistake)}
-
 
 def test_each_mistake_says_what_it_must():
     """A name of its own, a sentence of its own, a place; and no framework's kink is borrowed for it."""
@@ -73,7 +68,6 @@ def test_each_mistake_says_what_it_must():
         assert mistake.says and mistake.seen and mistake.patches
         assert all(target.rsplit(".", 1)[0] in ("losses", "golden.pipeline") for target in mistake.patches)
 
-
 def test_a_mistake_is_gone_after_it_was_applied():
     before = dict(vars(losses))
     with pytest.raises(ZeroDivisionError), mistakes.applied([mistakes.BY_NAME["beta-missing"]], slope=1.0):
@@ -81,12 +75,10 @@ def test_a_mistake_is_gone_after_it_was_applied():
         raise ZeroDivisionError
     assert vars(losses) == before and mistakes.SLOPE == 0
 
-
 @pytest.mark.slow
 def test_every_known_mistake_is_caught_by_a_test_of_losses_py():
     missed = [name for name, by in caught_by_tests().items() if by is None]
     assert not missed, f"nothing catches {missed}"
-
 
 def test_every_known_mistake_shows_in_the_golden_vectors_and_no_two_alike(monkeypatch):
     """Regime by regime, those that are still alike go on to the next; none may borrow the slope of a kink."""
@@ -112,7 +104,6 @@ def test_every_known_mistake_shows_in_the_golden_vectors_and_no_two_alike(monkey
             parts += [part for part in found.values() if len(part) > 1]
         alike = parts
     assert [[m.name if m else "right" for m in part] for part in alike] == []
-
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -14,7 +14,6 @@ pytestmark = pytest.mark.slow
 
 RECORDS = (one_page.TOY / "reviews-train.jsonl").read_text().splitlines()[:8]
 
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Weights that both read, the records, and one pair to evaluate on."""
@@ -27,7 +26,6 @@ def start(tmp_path_factory):
     (folder / "pairs.jsonl").write_text("\n".join(RECORDS) + "\n")
     (folder / "one.jsonl").write_text(RECORDS[0] + "\n")
     return folder, model.double().state_dict()
-
 
 @pytest.mark.parametrize("name", one_page.LOSSES)
 def test_ten_steps_have_the_losses_of_train(name, start, monkeypatch):
@@ -50,11 +48,9 @@ def test_ten_steps_have_the_losses_of_train(name, start, monkeypatch):
     assert found == pytest.approx(expected, abs=1e-6)
     assert max(expected) - min(expected) > 0.05  # something was learned, so the steps are compared too
 
-
 def test_a_token_belongs_to_the_segment_of_its_last_byte():
     parts = [{"text": "ab", "scores": [0, 4]}, {"text": "b", "scores": [4, 4]}]
     assert one_page.encode(parts) == ([*b"abb", one_page.EOT], [0, 0, 1, 1], [0.5, 1.0])
-
 
 def test_it_fits_on_its_page_and_imports_nothing_of_ours():
     lines = Path(one_page.__file__).read_text().splitlines()

@@ -16,13 +16,11 @@ REGIMES = sorted(name.split("/")[1] for name in GOLDEN
                  if name.startswith("float64") and name.endswith("/dpo/grad_chosen_logits"))
 SIDES = ("chosen", "rejected")
 
-
 def stacked(x, y, fill):
     """Chosen rows, then rejected rows, with columns up to the longer ones."""
     width = max(x.shape[1], y.shape[1])
     pad = [0, 0] * (x.dim() - 2)
     return torch.cat([F.pad(t, [*pad, 0, width - t.shape[1]], value=fill) for t in (x, y)])
-
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("name", KNOBS)

@@ -19,41 +19,33 @@ BYTES = Tokenizer("bytes")
 HI = [{"role": "user", "content": "Hi"}]
 P = "\n\nHuman: Hi\n\nAssistant:"
 
-
 def write(path, *records):
     """Records, or lines of text as they stand, as a .jsonl file."""
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
-
 def pair(prompt="Q", chosen="good", rejected="bad", **more):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
-
 def scored(*segments):
     return [{"text": text, "scores": scores} for text, *scores in segments]
-
 
 def texts(pairs):
     """(prompt, chosen, rejected) of each pair, decoded; responses must end in end-of-text."""
     assert all(p.chosen[-1] == BYTES.eot for p in pairs)
     return [tuple(BYTES.decode(x) for x in (p.prompt, p.chosen[:-1], p.rejected[:-1])) for p in pairs]
 
-
 def load_one(tmp_path, record, alone=False):
     loaded, _ = load([write(tmp_path / "one.jsonl", record)], BYTES, 1000, alone)
     return texts(loaded)[0][:2 if alone else 3]
-
 
 def error_of(*records, tmp_path, alone=False):
     with pytest.raises(DataError) as e:
         load([write(tmp_path / "bad.jsonl", *records)], BYTES, 100, alone)
     return str(e.value).replace(str(tmp_path), "")
 
-
 ODD = "\ufeffBOM \x00 NUL\r\nCRLF \r CR \u2028 \x85 \U0001f600 <|endoftext|>"
-
 
 @pytest.mark.parametrize("record, expected", [
     (pair(" Q\n", "  A", "B "), (" Q\n", "  A", "B ")),  # texts stand as they are
@@ -71,7 +63,6 @@ def test_a_record_is_trained_on_as_it_says(tmp_path, record, expected):
         assert load_one(tmp_path, record, alone) == expected[:2 if alone else 3]
     assert load_one(tmp_path, {k: record[k] for k in ("prompt", "chosen")}, alone=True) == expected[:2]
 
-
 @pytest.mark.parametrize("rejected", ["", "good", "x" * 2000])
 def test_sft_reads_the_chosen_response_alone(tmp_path, rejected):
     """Nothing about the rejected one drops a record, and no token of it is kept."""
@@ -80,9 +71,7 @@ def test_sft_reads_the_chosen_response_alone(tmp_path, rejected):
     batch = data.collate([loaded[0]])
     assert batch.mask() is None and batch.tokens.shape == (1, 6)
 
-
 KEYS = '"{}"; convert it: python tools/convert.py /bad.jsonl --out /bad-pairs.jsonl'
-
 
 @pytest.mark.parametrize("record, message", [
     # keys: each depth, each of them named, with the command
@@ -125,7 +114,6 @@ def test_a_malformed_record_is_one_line_file_line_what(tmp_path, record, message
     text = error_of(record, tmp_path=tmp_path)
     assert text.startswith("/bad.jsonl:1") and message in text and len(text.splitlines()) == 1
 
-
 def test_ten_kinds_of_malformed_lines_are_listed_over_all_files_and_equal_ones_once(tmp_path):
     good = write(tmp_path / "0.jsonl", pair(), "oops", pair(7, id="a:1"))
     bad = write(tmp_path / "1.jsonl", *["{}"] * 12, *(pair(id=i, **{f"key{i}": 1}) for i in range(10)), "{}")
@@ -137,7 +125,6 @@ def test_ten_kinds_of_malformed_lines_are_listed_over_all_files_and_equal_ones_o
     assert [line.split(": ")[0] for line in lines[3:10]] == [f"{bad}:{i + 13} (id {i})" for i in range(7)]
     assert lines[10:] == ["... and 3 more"]
 
-
 def test_all_scored_pairs_have_the_same_number_of_scores_and_a_data_set_scored_in_part_is_unscored(tmp_path):
     one, two = (pair(chosen=scored(("a", *n)), rejected=scored(("b", *n))) for n in ([1], [1, 2]))
     text = error_of(one, pair(), two, one, tmp_path=tmp_path)
@@ -146,7 +133,6 @@ def test_all_scored_pairs_have_the_same_number_of_scores_and_a_data_set_scored_i
     assert loaded.n_aspects == 0 and notes[-1] == f"scores are ignored: {tmp_path / 'd.jsonl'}:2 has none"
     loaded, notes = load([write(tmp_path / "d.jsonl", two)], BYTES, 100)
     assert loaded[0].chosen_scores.tolist() == [[1, 2]] and len(notes) == 1
-
 
 def test_the_line_about_a_file_says_what_was_kept_dropped_and_cut(tmp_path):
     path = write(tmp_path / "d.jsonl", pair(), pair(chosen=" \n"), pair(rejected=" "), "", pair(chosen="bad"),
@@ -161,9 +147,7 @@ def test_the_line_about_a_file_says_what_was_kept_dropped_and_cut(tmp_path):
     assert error_of(pair(chosen=""), tmp_path=tmp_path).splitlines() == [
         "/bad.jsonl: 0 pairs, 1 dropped: 1 with an empty response (1)", "no pair is left to train on"]
 
-
 LINES = "".join(json.dumps(pair(f"Q{i}")) + "\n" for i in range(3)).encode()
-
 
 @pytest.mark.parametrize("name, content", [
     ("a.jsonl", LINES), ("A.JSONL", LINES), ("a.jsonl.gz", gzip.compress(LINES)), ("a.jsonl", b"\n" + LINES),
@@ -175,7 +159,6 @@ def test_lines_are_read_whatever_ends_them_and_hidden_files_of_a_folder_are_no_d
     for hidden in ("._a.jsonl", ".ipynb_checkpoints/a.jsonl", "README.md"):  # no data of the folder
         (tmp_path / hidden).write_bytes(content)
     assert len(load([tmp_path], BYTES, 100)[0]) == 3
-
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", None, "No such file"), ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
@@ -195,7 +178,6 @@ def test_a_file_that_is_not_read_is_one_line_with_the_command_to_use(tmp_path, n
     text = str(e.value)
     assert text.startswith(f"{tmp_path / name}:") and message.format(tmp_path / name, tmp_path) in text
 
-
 @pytest.mark.parametrize("names", [
     ("train.jsonl", "evaluation.jsonl"), ("train.jsonl", "notes.csv"), ("a/0.jsonl", "b/0.jsonl"), ()])
 def test_a_folder_is_read_only_where_it_holds_one_data_file(tmp_path, names):
@@ -211,7 +193,6 @@ def test_a_folder_is_read_only_where_it_holds_one_data_file(tmp_path, names):
         assert load([tmp_path / name for name in names], BYTES, 100)[0].where[::3] == [
             f"{tmp_path / name}:1" for name in names]
 
-
 @pytest.mark.parametrize("name, text, prompts", [
     ("p.jsonl", json.dumps({"prompt": "first"}) + "\r\n" + json.dumps(pair(HI, id=3)), ["first", HI]),
     ("p.txt", "first:\r\n\n[a]:\u2028\n" + json.dumps({"prompt": HI}), ["first:", "[a]:\u2028", HI]),
@@ -221,7 +202,6 @@ def test_prompts_are_those_of_data_of_lines_of_text_and_of_stdin(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
     assert pairs.read_prompts(name) == prompts
-
 
 @pytest.mark.parametrize("name, text, message", [
     ("p.csv", "prompt\nx", "p.csv: not the format that is read, .jsonl"), ("p.txt", "\n", "holds no prompt"),

@@ -13,7 +13,6 @@ from test_train import ROOT
 import train
 from tools import plot
 
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font lacks letters of some scripts
 def test_every_program_runs_without_the_modules_of_one_system_in_any_folder_and_on_an_ascii_terminal(
@@ -53,7 +52,6 @@ def test_every_program_runs_without_the_modules_of_one_system_in_any_folder_and_
     assert rb"prompt     Wie sch\xf6n ist \u6771\u4eac" in out
     log = (place / "mein Lauf ü/log.jsonl").read_text(encoding="utf-8")
     assert "loss" in log and "peak_memory" not in log
-
 
 def test_pyproject_and_requirements_list_the_same_dependencies():
     """`uv sync` reads the one, `pip install -r` the other."""

@@ -9,7 +9,6 @@ from tools import plot
 
 pytestmark = pytest.mark.slow
 
-
 def write_log(folder, steps=(1, 5, 10), loss="dpo"):
     """A log of the form that train.py writes: a header, records of steps, notes, records of evaluations."""
     folder.mkdir(parents=True)
@@ -23,10 +22,8 @@ def write_log(folder, steps=(1, 5, 10), loss="dpo"):
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(folder)
 
-
 def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
-
 
 def test_runs_of_any_loss_length_and_name_go_into_one_table_and_figure(tmp_path, capsys, monkeypatch):
     """SFT beside DPO, equal folder names, a single step. The best stands first, equal runs are marked and
@@ -49,7 +46,6 @@ def test_runs_of_any_loss_length_and_name_go_into_one_table_and_figure(tmp_path,
     assert not any(axis.legend_ for axis in figure.axes)
     assert len(figure.axes[0].lines) == 6  # three curves, training and held out
 
-
 @pytest.mark.parametrize("content, said", [
     (None, "No such file"),
     ('{"config": {}}\n', "no step in it yet"),
@@ -67,7 +63,6 @@ def test_bad_logs_are_one_line_and_status_2(tmp_path, capsys, content, said):
     assert said in error and error.startswith("plot.py: error: ") and error.count("\n") == 1
     assert not list(tmp_path.glob("*.png"))
 
-
 @pytest.mark.parametrize("flags, said", [
     ([], "required"), (["--lodd"], "unrecognized"), (["--to", "x.pdf"], "name a .png file")])
 def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, said):
@@ -77,7 +72,6 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, said):
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert said in error and error.count("\n") == 1
-
 
 @pytest.mark.slow
 def test_a_run_of_train_py_is_drawn(tmp_path):

@@ -14,7 +14,6 @@ KNOBS = json.loads((make.HERE / "vectors.json").read_text())["losses"]
 REGIMES = list(make.REGIMES)
 SIDES = ("chosen", "rejected")
 
-
 def gpt_logits(weights, ids, xp):
     """GPT-2 from its matrices, by name, stored (out, in): (B, T) -> (B, T, V). xp: a library like NumPy."""
     T, C = ids.shape[1], weights["wte.weight"].shape[1]
@@ -43,7 +42,6 @@ def gpt_logits(weights, ids, xp):
         y = 0.5 * y * (1 + xp.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y * y * y)))
         x = x + linear(y, f"{block}.mlp.c_proj")
     return norm(x, "ln_f") @ weights["wte.weight"].T
-
 
 def results(port, xp, grad, x):
     """Every golden result of a regime by name, from its inputs by name, arrays of the library xp."""
@@ -100,7 +98,6 @@ def results(port, xp, grad, x):
         out |= {f"{name}/grad{parameter}": g for parameter, g in slopes[name].items()}
     return out
 
-
 def compare(results, tmp_path, capsys, dtype, regimes):
     """results: a function of a regime's inputs, NumPy arrays; it may give more padding than golden."""
     theirs = {}
@@ -117,7 +114,6 @@ def compare(results, tmp_path, capsys, dtype, regimes):
     status = check.main([str(tmp_path / "theirs.safetensors")])
     assert status == 0, "\n".join(line for line in capsys.readouterr().out.splitlines() if line[:2] != "ok")
 
-
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_mlx_gives_every_golden_result(dtype, tmp_path, capsys):
     """In float32 all but the sums over thousands of tokens."""
@@ -130,7 +126,6 @@ def test_mlx_gives_every_golden_result(dtype, tmp_path, capsys):
         return results(port, mx, mx.grad, {name: mx.array(t, dtypes[name]) for name, t in x.items()})
 
     compare(of, tmp_path, capsys, dtype, [r for r in REGIMES if dtype == "float64" or r != "thousands"])
-
 
 @pytest.mark.slow
 def test_jax_gives_every_golden_result_of_given_logits(tmp_path, capsys):

@@ -23,33 +23,27 @@ from plumbing import pretrained
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
 GPT2_FILES = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt2-bpe"
 
-
 def edit_config(folder, **changes):
     """Change keys of config.json; None removes one."""
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
 
 def edit_weights(folder, edit):
     """Rewrite model.safetensors by a function on its dict of tensors."""
     weights = load_file(folder / "model.safetensors")
     save_file(edit({name: w.clone() for name, w in weights.items()}), folder / "model.safetensors")
 
-
 def files(folder):
     """Every file below a folder."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
-
 
 def same(a, b):
     """Two models are equal, bit for bit."""
     pairs = list(zip(a.named_parameters(), b.named_parameters(), strict=True))
     return a.config == b.config and all(n == m and torch.equal(p, q) for (n, p), (m, q) in pairs)
 
-
 def is_fixture(model):
     return same(model, GPT.from_pretrained(FIXTURE))
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -58,9 +52,7 @@ def folder(tmp_path):
         shutil.copy(FIXTURE / file, tmp_path)
     return tmp_path
 
-
 # ---- What is written, and read again ----
-
 
 def test_logits_and_greedy_text_equal_those_of_transformers():
     """The fixture's logits to 1e-12 in float64 and to rounding in float32; the same greedy continuation."""
@@ -71,7 +63,6 @@ def test_logits_and_greedy_text_equal_those_of_transformers():
     assert torch.equal(model.generate(greedy[:, :2], 10, temperature=0), greedy)
     model.double()
     close(model.logits(model(expected["tokens"])), expected["logits"])
-
 
 @pytest.mark.parametrize("sizes", [SMALL, {**SMALL, "n_layer": 1, "n_head": 1, "n_embd": 1, "vocab_size": 1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,7 +81,6 @@ def test_a_round_trip_through_a_folder_is_bit_equal(tmp_path, sizes, dtype, mult
     assert len(weights["transformer.wte.weight"]) == sizes["vocab_size"]
     assert len({(folder / file).stat().st_mode for file in files(folder)}) == 1
 
-
 def test_a_saved_folder_has_the_names_and_shapes_of_transformers(folder, tmp_path):
     """Tensor names, shapes, dtypes and values as transformers saved them; config.json has its keys."""
     GPT.from_pretrained(folder).save_pretrained(tmp_path / "ours")
@@ -99,7 +89,6 @@ def test_a_saved_folder_has_the_names_and_shapes_of_transformers(folder, tmp_pat
     config, reference = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "ours", FIXTURE))
     ours = {"block_size": 12, "n_ctx": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     assert config == {key: reference.get(key) for key in config} | ours  # this model has no dropout
-
 
 @pytest.mark.slow
 def test_transformers_reads_what_we_write_generates_the_same_and_stops(tmp_path, recwarn):
@@ -111,7 +100,6 @@ def test_transformers_reads_what_we_write_generates_the_same_and_stops(tmp_path,
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_length=8)
     assert torch.equal(out, model.generate(tokens, 5, temperature=0, eos=eos)) and out[0, -1] == eos
-
 
 @pytest.mark.slow
 def test_llama_cpp_runs_the_converted_folder_and_writes_the_same_text(tmp_path, monkeypatch):
@@ -142,7 +130,6 @@ def test_llama_cpp_runs_the_converted_folder_and_writes_the_same_text(tmp_path, 
     ours = model.generate(torch.tensor([ids]), 20, temperature=0)[0, len(ids):].tolist()
     assert answer["choices"][0]["text"] == tokenizer.decode(ours) and len(set(ours)) > 5
 
-
 class Tabled(GPT):
     """A model with a table that is computed when it is built."""
 
@@ -150,14 +137,12 @@ class Tabled(GPT):
         super().__init__(config, vocab_multiple)
         self.register_buffer("angles", torch.arange(8) / 8, persistent=False)
 
-
 class Edited(Tabled):
     """A model with a parameter that GPT-2 lacks, under a name that GPT-2's files have for something else."""
 
     def __init__(self, config, vocab_multiple=1):
         super().__init__(config, vocab_multiple)
         self.transformer = torch.nn.ModuleDict({"attn": torch.nn.Linear(3, 2)})
-
 
 def test_a_model_of_another_architecture_is_saved_under_its_own_names_and_opens_here_alone(tmp_path):
     """Bit-equal, and with its table, which a GPT-2 with a table keeps too; GPT refuses the folder."""
@@ -175,7 +160,6 @@ def test_a_model_of_another_architecture_is_saved_under_its_own_names_and_opens_
     assert torch.equal(Tabled.from_pretrained(FIXTURE).angles, torch.arange(8) / 8)
     refused(Edited.from_pretrained, FIXTURE, says=["tensor h.0.attn.c_attn.bias is missing"])
 
-
 class Squared(GPT):
     """GPT-2's parameters and another activation."""
 
@@ -183,7 +167,6 @@ class Squared(GPT):
         super().__init__(config, vocab_multiple)
         for block in self.h:
             block.mlp.forward = lambda x, mlp=block.mlp: mlp.c_proj(mlp.c_fc(x).relu().square())
-
 
 def test_what_does_not_compute_gpt2_is_not_called_gpt2(tmp_path, monkeypatch):
     """Relu squared, the exact GELU, another epsilon: termwise's own, opened by the same code only."""
@@ -199,7 +182,6 @@ def test_what_does_not_compute_gpt2_is_not_called_gpt2(tmp_path, monkeypatch):
             patch.setattr(place, name, other)
             small().save_pretrained(tmp_path / name)
         refused(GPT.from_pretrained, tmp_path / name, says=["model.py computes something else"])
-
 
 def test_what_the_start_held_and_training_did_not_change_is_carried_over(folder, tmp_path):
     """Keys of both configurations, the tokenizer's files, its template; not the type of the weights nor
@@ -224,7 +206,6 @@ def test_what_the_start_held_and_training_did_not_change_is_carried_over(folder,
     (folder / "tokenizer_config.json").write_text("{}")
     assert pretrained.carry_over(folder, new) and (new / "chat_template.jinja").exists()
 
-
 def test_a_save_that_breaks_off_leaves_the_model_that_was_there(folder, monkeypatch):
     """A full disk or a kill while the weights are written."""
     def breaks_off(weights, path, **kwargs):
@@ -235,7 +216,6 @@ def test_a_save_that_breaks_off_leaves_the_model_that_was_there(folder, monkeypa
     with pytest.raises(OSError):
         small().save_pretrained(folder)
     assert is_fixture(GPT.from_pretrained(folder))
-
 
 def test_rows_that_pad_a_table_read_from_a_file_are_zero():
     """Uninitialised memory could hold NaN, and 0 x NaN would reach the trunk's gradient."""
@@ -248,28 +228,22 @@ def test_rows_that_pad_a_table_read_from_a_file_are_zero():
     assert torch.equal(model.wte.weight[:31], GPT.from_pretrained(FIXTURE).wte.weight)
     assert all(p.isfinite().all() for p in model.parameters())
 
-
 # ---- Other people's folders ----
-
 
 def without_prefix(w):
     return {name.removeprefix("transformer."): x for name, x in w.items()}
 
-
 def with_head(w):
     return w | {"lm_head.weight": w["transformer.wte.weight"].clone()}
 
-
 def head_alone(w):
     return {"lm_head.weight": w.pop("transformer.wte.weight"), **w}
-
 
 def with_buffers(w):
     for i in range(3):
         w[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 12, 12, dtype=torch.uint8).tril()
         w[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     return w
-
 
 @pytest.mark.parametrize("edits", [[], [head_alone], [with_buffers, with_head, without_prefix]])
 def test_the_variants_of_the_layout_read_alike(folder, edits):
@@ -278,7 +252,6 @@ def test_the_variants_of_the_layout_read_alike(folder, edits):
     for edit in edits:
         edit_weights(folder, edit)
     assert is_fixture(GPT.from_pretrained(folder))
-
 
 @pytest.mark.parametrize("config", [
     {"n_positions": None, "n_ctx": 12},  # the key of old files
@@ -289,7 +262,6 @@ def test_the_variants_of_the_layout_read_alike(folder, edits):
 def test_configurations_of_the_same_model_read_alike(folder, config):
     edit_config(folder, **config)
     assert is_fixture(GPT.from_pretrained(folder))
-
 
 @pytest.mark.parametrize("config, says", [
     ({"model_type": "termwise"}, ["block_size"]),  # a key that an edited model's folder has
@@ -314,22 +286,17 @@ def test_another_models_configuration_is_refused_in_one_line(folder, config, say
     edit_config(folder, **config)
     refused(GPT.from_pretrained, folder, says=[str(folder), *says])
 
-
 def cut(file, keep):
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:keep])
-
 
 def write(file, content):
     return lambda folder: (folder / file).write_bytes(content)
 
-
 def drop(name):
     return lambda folder: edit_weights(folder, lambda w: {n: x for n, x in w.items() if n != name})
 
-
 def put(name, *shape):
     return lambda folder: edit_weights(folder, lambda w: w | {name: torch.ones(shape)})
-
 
 BIG_HEADER = (2**62).to_bytes(8, "little") + b'{"a":'
 LYING_HEADER = (60).to_bytes(8, "little") + b'{"wte":{"dtype":"F32","shape":[9,9],"data_offsets":[0,324]}}'
@@ -349,7 +316,6 @@ DAMAGE = {
     "head of another size": (put("lm_head.weight", 32, 12), ["not tied"]),
 }
 
-
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders_are_refused_in_one_line(folder, damage):
     """The line names the file or tensor and what is wrong with it (More in test_bad_input.py)."""
@@ -359,14 +325,11 @@ def test_damaged_folders_are_refused_in_one_line(folder, damage):
     if "weights" in damage:  # before anything else of the folder is looked for
         refused(pretrained.read_config, folder, GPTConfig, says=[str(folder), *says])
 
-
 # ---- The download ----
-
 
 # ---- The download ----
 
 BOTH = ["config.json", "model.safetensors"]
-
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -394,7 +357,6 @@ def hub(tmp_path, monkeypatch):
         yield tmp_path / "termwise" / "gpt2", served, asked
         server.shutdown()
 
-
 def test_a_name_is_downloaded_once(hub, capsys):
     """Two files, from HF_ENDPOINT into HF_HOME/termwise; said on stderr; then the network is left alone."""
     cache, _, asked = hub
@@ -402,7 +364,6 @@ def test_a_name_is_downloaded_once(hub, capsys):
     assert asked == [f"/openai-community/gpt2/resolve/main/{file}" for file in BOTH]
     assert str(cache) in capsys.readouterr().err
     assert is_fixture(GPT.from_pretrained("gpt2")) and len(asked) == 2 and capsys.readouterr().err == ""
-
 
 @pytest.mark.parametrize("file", BOTH)
 @pytest.mark.parametrize("content", ["half", "<html>log in</html>"])

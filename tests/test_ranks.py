@@ -38,10 +38,8 @@ RUNS = {  # name: (flags, the signal that rank 1 gets in step 2)
     "locked": (FOLDERS, None),  # another process writes there
     "lost": (FOLDERS, signal.SIGKILL)}
 
-
 def flags(name, **changes):
     return arguments(**COMMON | RUNS[name][0] | {"out_dir": f"{name}/run"} | changes)
-
 
 def as_rank():
     """Train RUNS, and write down the status of each on this rank, and how often gradients were reduced."""
@@ -68,7 +66,6 @@ def as_rank():
         Path(f"{name}-{ranks.rank()}.json").write_text(json.dumps([status, len(reduced)]))
     stop()
 
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """The folder in which two ranks trained RUNS: NAME/run, output.txt; and one process: one/NAME/run."""
@@ -92,18 +89,15 @@ def place(tmp_path_factory):
             train.main(flags(name, out_dir=f"one/{name}/run"))
     return place
 
-
 def difference(path, other):
     """The largest difference between the tensors of two files, which must have the same names and shapes."""
     a, b = load_file(path), load_file(other)
     assert {name: t.shape for name, t in a.items()} == {name: t.shape for name, t in b.items()}
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
-
 def numbers(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in x.items() if k not in SPEED} for x in lines if {"loss", "eval/loss"} & x.keys()]
-
 
 def same_run(one, some):
     """Every logged number, the weights, the moments and the remembered numbers; the same names of files."""
@@ -116,7 +110,6 @@ def same_run(one, some):
     if (memory := one / "reference-train.npy").exists():  # and NaN where NaN is
         found = np.load(some / memory.name)
         np.testing.assert_allclose(found, np.load(memory), rtol=0, atol=TOLERANCE)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "tdpo2"])
@@ -132,7 +125,6 @@ def test_a_run_in_two_ranks_has_the_numbers_of_one_process_and_reduces_gradients
     output = (place / "output.txt").read_text()
     assert output.count("first a start, by SFT") == output.count("8 of 8 held-out") + 1 == 1
 
-
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_after_the_same_step_and_one_process_goes_on(place, monkeypatch):
     """To the run of one process: numbers, weights and moments."""
@@ -142,7 +134,6 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step_and_one_process_goes_
     assert run_folder.read_run("stopped/run")["saved"] == 2
     train.main("--resume --out_dir stopped/run".split())
     same_run(place / "one/dpo/run", place / "stopped/run")
-
 
 @pytest.mark.slow
 def test_bad_input_is_one_line_once_and_a_rank_that_dies_ends_the_run_with_its_last_checkpoint(
@@ -158,7 +149,6 @@ def test_bad_input_is_one_line_once_and_a_rank_that_dies_ends_the_run_with_its_l
     assert run_folder.read_run("lost/run")["saved"] == 1
     train.main("--resume --out_dir lost/run".split())
     assert run_folder.read_run("lost/run")["finished"] == 3
-
 
 if __name__ == "__main__":
     as_rank()

@@ -18,15 +18,13 @@ EQUATIONS = {("Eq. 7", "2305.18290"): "dpo_loss", ("Eq. 3", "2402.13228v2"): "dp
              ("Eq. 15", "2404.11999"): "tdpo1_loss", ("Eq. 17", "2404.11999"): "tdpo2_loss",
              ("Eq. 6", "2410.19720"): "dpo2d_loss"}
 
-
 @pytest.mark.parametrize("room, limit, over", [
-    ("*.py", 1350, 51), ("plumbing/*.py", 1450, 511), ("tools/*.py", 1100, 0), ("ports/*.py", 900, 35),
+    ("*.py", 1350, 0), ("plumbing/*.py", 1450, 374), ("tools/*.py", 1100, 0), ("ports/*.py", 900, 0),
     ("golden/*.py", 1900, 0), ("docs/*.py", 620, 0), ("toy/*.py", 300, 0), ("experiments/*.py", 2700, 0),
-    ("tests/**/*.py", 8000, 250)])
+    ("tests/**/*.py", 8000, 0)])
 def test_no_room_grows(room, limit, over):
     """The limits of the design, and by how much a room is still over: that may only shrink."""
     assert 0 < sum(p.read_bytes().count(b"\n") for p in ROOT.glob(room)) <= limit + over
-
 
 def test_each_equation_stands_in_exactly_one_function_and_in_the_readmes_table():
     """One function claims each numbered equation in the first line of its docstring."""
@@ -36,7 +34,6 @@ def test_each_equation_stands_in_exactly_one_function_and_in_the_readmes_table()
         assert [name for name, line in first_lines.items() if number in line and paper in line] == [home]
         assert re.search(rf"^\|.*{home}.*{number}", README, re.MULTILINE), home
     assert {f.__name__ for f in losses.LOSSES.values()} - {"sft_loss"} <= set(re.findall(r"`(\w+)`", README))
-
 
 def test_the_links_of_the_pages_resolve():
     """Every relative link points at a file; every #anchor at a heading."""
@@ -48,7 +45,6 @@ def test_the_links_of_the_pages_resolve():
                 assert link[1:] in headings, link
             elif "://" not in link:
                 assert (page.parent / link.partition("#")[0]).exists(), f"{page}: {link}"
-
 
 def test_the_commands_of_the_pages_are_read_and_their_flags_exist():
     """Those of train.py by its own parser; of every flag on any page that some program has it."""
@@ -67,7 +63,6 @@ def test_the_commands_of_the_pages_are_read_and_their_flags_exist():
               "--master_port", "--index-url", "--extra-index-url"}
     assert set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)?", README)) <= known
 
-
 def test_numbers_of_lines_that_the_pages_claim_are_true():
     """Of a file that is linked just before, or of a function in it."""
     for page, text in PAGES.items():
@@ -77,7 +72,6 @@ def test_numbers_of_lines_that_the_pages_claim_are_true():
             true = {len(source.splitlines())} | {f.end_lineno - f.lineno + 1 for f in functions}
             assert int(number) in true, f"{page}: {link}, {number} lines"
 
-
 def test_the_page_of_metrics_names_those_that_are_logged():
     """No more and no less; test_train.py compares the same names with a run's log."""
     page = PAGES[ROOT / "plumbing/README.md"]
@@ -85,7 +79,6 @@ def test_the_page_of_metrics_names_those_that_are_logged():
     cells = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
     named = set(re.findall(r"`([\w/]+)`", "".join(cells)))
     assert named == COUNTS | REWARDS | KL | {"loss", "segments/paired"}
-
 
 def test_the_readme_is_short_and_its_two_commands_stand_alone_on_their_lines():
     lines = README.splitlines()

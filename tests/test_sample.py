@@ -18,7 +18,6 @@ from plumbing.folder import weights_hash
 
 pytestmark = pytest.mark.slow
 
-
 @pytest.fixture
 def run(tmp_path):
     """The folder of a preference run, made by hand: random models, the bytes tokenizer, a run.json."""
@@ -34,7 +33,6 @@ def run(tmp_path):
     (tmp_path / "policy" / "run.json").write_text(text)
     return tmp_path / "policy"
 
-
 def log_ratio(run, prompt, response):
     """log pi/pi_ref of each response token by two plain forward passes, one token at a time."""
     ids = [*prompt, *response]
@@ -46,7 +44,6 @@ def log_ratio(run, prompt, response):
         values.append(torch.stack([p[len(prompt) + t - 1, y] for t, y in enumerate(response)]).log())
     return (values[0] - values[1]).detach()
 
-
 def test_token_rewards_are_beta_times_the_log_ratio_of_each_token(run):
     """They sum to the implicit reward beta log pi(y|x)/pi_ref(y|x), end-of-text included."""
     prompt, response = np.array([72, 105, 58]), np.array([32, 111, 107, 256])
@@ -54,7 +51,6 @@ def test_token_rewards_are_beta_times_the_log_ratio_of_each_token(run):
     rewards = sample.token_rewards(policy, reference, prompt, response, 0.5)
     expected = 0.5 * log_ratio(run, prompt.tolist(), response.tolist())
     assert np.allclose(rewards, expected.numpy(), atol=1e-4) and expected.abs().max() > 0.1
-
 
 def test_heat_prints_each_token_with_its_number_and_the_sum(run, capsys):
     """--response scores a given text: one number a token, and their sum in the line above."""
@@ -65,13 +61,11 @@ def test_heat_prints_each_token_with_its_number_and_the_sum(run, capsys):
     assert float(re.search(r"sum ([+-]\d+\.\d+)", out)[1]) == pytest.approx(sum(numbers), abs=3e-3)
     assert numbers[0] == pytest.approx(0.5 * log_ratio(run, b"Hi:", [*b" ok", 256])[0].item(), abs=1e-3)
 
-
 def test_colours_are_green_above_and_red_below_the_reference():
     """A token that training made likelier gets a green background, one that it made less likely a red one."""
     tokenizer = data.Tokenizer("bytes")
     text = sample.heat(tokenizer, [97, 98, 99], [1.0, -1.0, 0.0], color=True)
     assert text == "\033[48;5;46;97ma\033[0m\033[48;5;196;97mb\033[0mc"
-
 
 def test_policy_and_reference_answer_one_after_the_other_and_a_seed_repeats_them(run, capsys):
     """The same seed gives the same answers, another seed others."""
@@ -82,7 +76,6 @@ def test_policy_and_reference_answer_one_after_the_other_and_a_seed_repeats_them
     assert outs[0] == outs[1] != outs[2]
     assert re.search(r"^reference: .*^policy: ", outs[0], re.M | re.S)
 
-
 def refused(capsys, *argv):
     """The one line on standard error of flags that are refused."""
     with pytest.raises(SystemExit) as e:
@@ -90,7 +83,6 @@ def refused(capsys, *argv):
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count("\n") == 1, err
     return err
-
 
 def test_another_model_in_the_place_of_the_reference_is_refused(run, capsys):
     words = [str(run), "--prompt", "Hi:", "--max_new_tokens", "4"]
@@ -102,7 +94,6 @@ def test_another_model_in_the_place_of_the_reference_is_refused(run, capsys):
         sample.main(words)
     shutil.copy(run / "model.safetensors", run.parent / "ref")
     assert "is no longer the reference of this run; name the right one with --ref" in refused(capsys, *words)
-
 
 def test_prompts_are_one_batch_and_chat_makes_a_users_message(run, tmp_path, capsys, monkeypatch):
     """Answers are as of each alone, at temperature 0."""
@@ -125,7 +116,6 @@ def test_prompts_are_one_batch_and_chat_makes_a_users_message(run, tmp_path, cap
     (tmp_path / "p.jsonl").write_text("{}")
     assert "p.jsonl:1: " in refused(capsys, run, "--prompts", tmp_path / "p.jsonl")
 
-
 def test_a_model_without_a_run_is_sampled_alone_or_beside_a_reference(run, capsys):
     """A folder, with --ref two answers; --heat says what it needs; a reference that was moved is said."""
     model, flags = str(run.parent / "ref"), ["--prompt", "Hi:", "--max_new_tokens", "4"]
@@ -142,7 +132,6 @@ def test_a_model_without_a_run_is_sampled_alone_or_beside_a_reference(run, capsy
     sample.main([str(run), *flags, "--ref", str(run.parent / "moved")])
     assert "reference: " in capsys.readouterr().out
 
-
 def test_what_cannot_be_sampled_is_one_line(run, capsys):
     flags, other = ["--prompt", "x"], run.parent / "ref"
     assert "no such file" in refused(capsys, run.parent / "none", *flags).lower()
@@ -156,13 +145,11 @@ def test_what_cannot_be_sampled_is_one_line(run, capsys):
     (other / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     assert "transformers.pipeline('text-generation'" in refused(capsys, other, *flags)
 
-
 def test_a_reference_of_fewer_positions_shortens_the_prompt_for_both(run, capsys):
     """Of 21 tokens, 16 go with 4 new ones into block_size 20: the prompt loses its first 5, which is said."""
     flags = [str(run), "--prompt", "abcdefghijklmnopqrstu", "--ref", str(run.parent / "short"), "--heat"]
     sample.main([*flags, "--max_new_tokens", "4"])
     assert "loses its first 5 tokens: block_size 20" in capsys.readouterr().out
-
 
 def test_a_run_that_was_stopped_is_sampled_with_its_newest_weights_and_this_is_said(tmp_path, capsys):
     """Not with those of an earlier end: the run is finished, resumed, and interrupted after step 2."""
@@ -184,7 +171,6 @@ def test_a_run_that_was_stopped_is_sampled_with_its_newest_weights_and_this_is_s
     tokens = newest.generate(torch.tensor([[*b"0?"]]), 8, temperature=0, eos=256)[0, 2:].tolist()
     assert data.Tokenizer("bytes").decode(t for t in tokens if t != 256).strip() in said.split("0?")[-1]
 
-
 @pytest.fixture
 def padded(tmp_path):
     """The folder of a model of 260 rows; its tokenizer has 257 ids of text and "[PAD]", id 257. Left alone it
@@ -203,7 +189,6 @@ def padded(tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path / "padded"
 
-
 def test_rows_beyond_the_tokenizer_train_resume_and_are_kept_but_never_sampled(padded, tmp_path, capsys):
     out, flags = tmp_path / "out", f"--data {tmp_path / 'd.jsonl'} --batch_size 4 --device cpu"
     train.main(f"{flags} --init {padded} --out_dir {out} --steps 1".split())
@@ -219,7 +204,6 @@ def test_rows_beyond_the_tokenizer_train_resume_and_are_kept_but_never_sampled(p
     assert "\ufffd" * 4 not in capsys.readouterr().out  # of the answers at the ends of both runs
     sample.main([str(out), "--prompt", "Hi", "--max_new_tokens", "8", "--heat"])
     assert "\ufffd" * 8 not in capsys.readouterr().out
-
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_or_others_than_the_policys_is_refused(padded, capsys):
     flags = f"--data {padded.parent / 'd.jsonl'} --out_dir {padded.parent / 'out'} --device cpu"

@@ -16,23 +16,18 @@ ODD_STRINGS = [
     "1 + 2", "1 + 2 =", "1 + 2 =:", "1 + 2 =,,,,:3", "9" * 6000 + " + 1 =", "1 + " + "9" * 6000 + " = 1",
 ]
 
-
 def read(name):
     return [json.loads(line) for line in (make.HERE / name).read_text().splitlines()]
-
 
 def join(response):
     return response if isinstance(response, str) else "".join(segment["text"] for segment in response)
 
-
 def rewards(world, pair):
     return [world.reward(pair["prompt"] + join(pair[side])) for side in ("chosen", "rejected")]
-
 
 @pytest.fixture(scope="module")
 def encoding():
     return data.Tokenizer(make.HERE / "toy.tiktoken")
-
 
 # ---- the files ----
 
@@ -41,7 +36,6 @@ def test_files_are_what_make_writes():
     contents = make.files()
     assert all((make.HERE / name).read_bytes() == content for name, content in contents.items())
     assert sum(map(len, contents.values())) < 900_000
-
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_held_out_pairs_are_new(name):
@@ -52,7 +46,6 @@ def test_held_out_pairs_are_new(name):
         return [(pair["prompt"], *sorted((join(pair["chosen"]), join(pair["rejected"])))) for pair in pairs]
     train, held_out = keys(read(f"{name}-train.jsonl")), keys(read(f"{name}-heldout.jsonl"))
     assert len(set(train + held_out)) == len(train) + len(held_out)
-
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_sidecar_holds_the_ceiling(name):
@@ -67,7 +60,6 @@ def test_sidecar_holds_the_ceiling(name):
         assert 0.82 <= ceiling <= 0.90
         assert abs(ceiling - reviews.expected_ceiling(pairs)) < 4 * math.sqrt(0.25 / len(pairs))
 
-
 # ---- the rewards ----
 
 @pytest.mark.parametrize("world", WORLDS.values())
@@ -81,7 +73,6 @@ def test_reward_never_raises(world):
         texts += [text[:cut], text[cut:], text[:put] + text[cut:], text[:cut] + "\n. é" + text[cut:]]
     for text in texts:
         assert 0 <= world.reward(text) <= (16 if world is reviews else 2)
-
 
 def test_reward_by_hand():
     """Rewards worked out by hand, a sentence that breaks off and a response of another prompt among them."""
@@ -99,7 +90,6 @@ def test_reward_by_hand():
     assert sums.reward("478 + 356 = 8+6+0=14, 7+5+1=19, 4+3+1=08: 834") == pytest.approx(1 + 2 / 3)
     assert sums.reward("478 + 356 = 8+6+0=14") == pytest.approx(1 / 3)
 
-
 # ---- labels ----
 
 def test_labels_are_bradley_terrys():
@@ -114,7 +104,6 @@ def test_labels_are_bradley_terrys():
         deviation = math.sqrt(sum(p * (1 - p) for p in flip))
         assert len(margins) > 50
         assert abs(sum(margin < 0 for margin in margins) - sum(flip)) < 4 * deviation
-
 
 # ---- sums ----
 

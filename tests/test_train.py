@@ -36,7 +36,6 @@ KNOBS = {"beta": 0.2, "lam": 7.0, "alpha": 0.25}
 UNEVEN = {"aspect_weights": (0.25, 0.75), "rejected_weight": "score"}
 SLOW = pytest.mark.slow
 
-
 def make_records(n=8, seed=0):
     """Pairs whose prompts, responses and numbers of segments differ in length; scores 1 to 4 and 0 to 2, the
     maxima reached; the first one has a segment without a token."""
@@ -54,23 +53,18 @@ def make_records(n=8, seed=0):
                          {"text": " c.", "scores": [1, 0]}]
     return made
 
-
 RECORDS = make_records()
-
 
 def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)
 
-
 def load_records(records, tmp_path):
     return data.load([write_lines(tmp_path / "pairs.jsonl", records)], BYTES, 64)[0]
-
 
 @pytest.fixture
 def pairs(tmp_path):
     return load_records(RECORDS, tmp_path)
-
 
 def small(seed, vocab_size=257, std=0.15, n_embd=16, block_size=64):
     """A small GPT in which every weight matters, biases included; another seed is 1 / 10 away from it."""
@@ -82,24 +76,20 @@ def small(seed, vocab_size=257, std=0.15, n_embd=16, block_size=64):
             p.copy_(std * noise + ("ln_" in name and "weight" in name))
     return model
 
-
 def save_model(folder, seed):
     small(seed).save_pretrained(folder)
     BYTES.save(folder)
     return str(folder)
-
 
 @pytest.fixture(scope="session")
 def model_a(tmp_path_factory):
     """A model folder with the bytes tokenizer."""
     return save_model(tmp_path_factory.mktemp("a"), 0)
 
-
 @pytest.fixture(scope="session")
 def model_b(tmp_path_factory):
     """Another one, not far from it."""
     return save_model(tmp_path_factory.mktemp("b"), 1)
-
 
 def config(loss, **changes):
     """A Config in which every knob has its value, in float64 on the CPU; 2D-DPO's weights are uneven."""
@@ -108,7 +98,6 @@ def config(loss, **changes):
     plain = {"device": "cpu", "compile": False, "compile_head": False, "dtype": "float64",
              "head_tokens": 10**6, "micro_batch_tokens": 2048, "micro_batch_size": 100}
     return Config(**plain | uneven | {"loss": loss, "settings": settings} | changes)
-
 
 def make(loss, pairs, policy=0, reference=1, models=None, **changes):
     """What a step needs, in float64 (or changes' dtype); the policy is not its reference, which is live."""
@@ -122,7 +111,6 @@ def make(loss, pairs, policy=0, reference=1, models=None, **changes):
                            reference=asks if flags.has_reference(LOSSES[loss]) else no_reference,
                            pairs=train.as_read(pairs, cfg, maximum))
 
-
 def run_step(x, scale=0.125):
     """A step's terms in the order of the pairs, {name: (B,)}, and its gradient, {name: tensor}."""
     x.policy.zero_grad()
@@ -133,7 +121,6 @@ def run_step(x, scale=0.125):
     return ({name: x[order] for name, x in rows.items()},
             {name: p.grad.clone() for name, p in x.policy.named_parameters()})
 
-
 def assert_same(actual, expected, tolerance=1e-10):
     """The same names, and tensors equal to a tolerance relative to the largest entry of each. None is all 0
     in what is expected, so that nothing is compared in vain (SFT's empty rejected responses excepted)."""
@@ -142,7 +129,6 @@ def assert_same(actual, expected, tolerance=1e-10):
         size, error = e.abs().max(), (actual[name].double() - e.double()).abs().max()
         assert size > 0 or name.startswith("rejected"), name
         assert error <= tolerance * size, f"{name}: {error:.2e} of {size:.2e}"
-
 
 def arguments(**flags):
     """{flag: value} -> argv."""
@@ -153,7 +139,6 @@ def arguments(**flags):
         elif value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return argv
-
 
 def run(tmp_path, loss="dpo", **changes):
     """A short run on RECORDS: (its final metrics, folder, first record, training lines, evaluations)."""
@@ -166,11 +151,9 @@ def run(tmp_path, loss="dpo", **changes):
     after = {name.removeprefix("eval/"): x for name, x in evals[-1].items() if name != "step"}
     return after, Path(options["out_dir"]), head, lines, evals
 
-
 def read_log(folder):
     head, *lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
     return head, [x for x in lines if "loss" in x], [x for x in lines if "eval/loss" in x]
-
 
 def first_step(folder):
     """AdamW's two moments after the first step, without the rows that pad the table, which stay 0."""
@@ -179,17 +162,13 @@ def first_step(folder):
     return [{name.removeprefix(key): x[:257] if "wte" in name else x for name, x in saved.items()
              if name.startswith(key)} for key in ("exp_avg.", "exp_avg_sq.")]
 
-
 def norm_of(gradient):
     return math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
-
 
 def weights(folder):
     return dict(GPT.from_pretrained(folder).named_parameters())
 
-
 # ---- Helpers: the other implementation ----
-
 
 def plain(cfg, policy, reference, records, maximum=(4.0, 2.0)):
     """Two separate sequences a pair -> the losses (B,), and {name: (B,)}, the log-probabilities and KLs."""
@@ -221,7 +200,6 @@ def plain(cfg, policy, reference, records, maximum=(4.0, 2.0)):
         numbers.append(sums)
     return torch.stack(values), {name: torch.stack([n[name] for n in numbers]) for name in numbers[0]}
 
-
 def plain_gradient(cfg, policy, reference, records):
     """(the losses, the gradient of their mean), for SFT over response tokens, end-of-text included."""
     policy.zero_grad()
@@ -229,7 +207,6 @@ def plain_gradient(cfg, policy, reference, records):
     tokens = sum(1 + sum(len(s["text"]) for s in record["chosen"]) for record in records)
     (result.sum() / (tokens if cfg.loss == "sft" else len(records))).backward()
     return result.detach(), {name: p.grad.clone() for name, p in policy.named_parameters()}
-
 
 @pytest.mark.parametrize("loss, changes", [(loss, {}) for loss in LOSSES]
                          + [("2d-dpo-vanilla", {"rejected_weight": "badness"})])
@@ -245,7 +222,6 @@ def test_losses_and_gradients_equal_those_of_two_separate_sequences_however_the_
         rows, gradient = run_step(x, scale)
         assert_same({"loss": rows["loss"]} | gradient, {"loss": expected[0]} | expected[1])
 
-
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation returns, forward and backward."""
     numel = 0
@@ -255,7 +231,6 @@ class Largest(TorchDispatchMode):
         some = result if isinstance(result, tuple | list) else [result]
         self.numel = max([self.numel, *(x.numel() for x in some if isinstance(x, torch.Tensor))])
         return result
-
 
 @pytest.mark.parametrize("loss", ["dpo", "tdpo2", "2d-dpo"])
 def test_no_tensor_is_larger_than_the_logits_of_one_chunk(loss, pairs):
@@ -270,7 +245,6 @@ def test_no_tensor_is_larger_than_the_logits_of_one_chunk(loss, pairs):
         train.evaluate(x.policy, x.reference, x.pairs, x.cfg)
     assert largest.numel == n * V, (largest.numel / V, n)
 
-
 def test_metrics_are_means_over_pairs_rewards_are_beta_logratio_without_the_kl_and_a_tie_counts_one_half():
     """By hand: log-ratios (1, -2, 3) and (0, 1, 3), so margins (0.2, -0.6, 0) at beta 0.2; the KL does not
     enter."""
@@ -284,7 +258,6 @@ def test_metrics_are_means_over_pairs_rewards_are_beta_logratio_without_the_kl_a
         "logps/rejected": -11 / 3, "logratio/chosen": 2 / 3, "logratio/rejected": 4 / 3,
         "kl/ref_policy_chosen": 3.0, "kl/ref_policy_rejected": 5.0}, rel=1e-12)
 
-
 # ---- 2  A run ----
 
 COUNTS = {"grad_norm", "lr", "pairs_per_s", "tokens_per_s", "peak_memory"}
@@ -292,7 +265,6 @@ REWARDS = {f"{group}/{name}" for group, names in {
     "rewards": ("chosen", "rejected", "margins", "accuracies"), "logps": ("chosen", "rejected"),
     "logratio": ("chosen", "rejected")}.items() for name in names}
 KL = {"kl/ref_policy_chosen", "kl/ref_policy_rejected"}
-
 
 @pytest.mark.parametrize("loss", [
     loss if loss in ("sft", "tdpo2") else pytest.param(loss, marks=SLOW) for loss in LOSSES])
@@ -336,7 +308,6 @@ def test_a_run_has_the_gradient_and_logs_the_numbers_of_the_plain_implementation
         agree = a.keys() - {"pairs_per_s", "tokens_per_s", "peak_memory"}
         assert {x: a[x] for x in agree} == pytest.approx({x: b[x] for x in agree}, rel=1e-8, abs=1e-10)
 
-
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
 def test_lines_come_at_the_steps_asked_for_the_rate_warms_up_and_throughput_counts_what_the_loss_reads(
         loss, model_a, tmp_path):
@@ -349,7 +320,6 @@ def test_lines_come_at_the_steps_asked_for_the_rate_warms_up_and_throughput_coun
     for line in lines:
         assert line["tokens_per_s"] / line["pairs_per_s"] == pytest.approx(tokens / 8)
         assert line["pairs_per_s"] > 0 and 1e7 < line["peak_memory"] < 1e11
-
 
 @pytest.mark.slow
 def test_adamw_moves_by_the_rate_of_the_step_decays_matrices_only_and_clips(model_a, model_b, tmp_path):
@@ -372,7 +342,6 @@ def test_adamw_moves_by_the_rate_of_the_step_decays_matrices_only_and_clips(mode
     assert given["plain"] == pytest.approx(norm) == pytest.approx(given["high clip"]) and norm > 0.1
     assert given["clip"] == pytest.approx(1e-3, rel=1e-4)
 
-
 @SLOW
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of the compiler
 def test_a_compiled_run_has_five_graphs_and_the_numbers_of_an_eager_one(
@@ -393,9 +362,7 @@ def test_a_compiled_run_has_five_graphs_and_the_numbers_of_an_eager_one(
         assert (c["loss"], c["grad_norm"]) == pytest.approx((e["loss"], e["grad_norm"]), rel=1e-4)
     assert list(weights(compiled[1])) == list(weights(eager[1]))
 
-
 # ---- 3  The start ----
-
 
 @pytest.mark.parametrize("loss", PREFERENCE)
 def test_a_policy_that_is_its_reference_passes_in_every_precision_and_nothing_else(loss, pairs):
@@ -409,14 +376,12 @@ def test_a_policy_that_is_its_reference_passes_in_every_precision_and_nothing_el
         with pytest.raises(report.RunError, match="policy and reference are equal, yet"):
             report.check_start(bad, x.cfg)
 
-
 class Dropout(architecture.MLP):
     """An edit of model.py. always: random numbers in eval() too."""
     always = False
 
     def forward(self, x):
         return torch.nn.functional.dropout(super().forward(x), 0.5, self.training or self.always)
-
 
 def test_an_architecture_with_dropout_starts_at_log_2_and_one_random_in_eval_is_refused(
         model_a, model_b, tmp_path, monkeypatch, capsys):
@@ -433,24 +398,19 @@ def test_an_architecture_with_dropout_starts_at_log_2_and_one_random_in_eval_is_
     run(tmp_path, init=model_a, ref=model_b)
     assert "before the first step" not in capsys.readouterr().out
 
-
 # ---- 4  A new loss is its function and its line ----
-
 
 def simpo_loss(chosen_logps, rejected_logps, chosen_length, rejected_length, *, beta, gamma=0.5):
     """SimPO, Meng et al. 2024: no reference, log-probabilities a token, a margin."""
     h = beta * (chosen_logps / chosen_length - rejected_logps / rejected_length)
     return -torch.nn.functional.logsigmoid(h - gamma)
 
-
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, gamma=0.5):
     return (chosen_logps - ref_chosen_logps - rejected_logps + ref_rejected_logps - gamma) ** 2
-
 
 def kl_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_seq_kl, chosen_rewards,
             *, gamma=0.5):
     return (gamma * chosen_seq_kl - chosen_rewards * (chosen_logps - ref_chosen_logps)).sum(-1)
-
 
 @pytest.mark.parametrize("loss, beta", [(simpo_loss, {"beta": 2.0}), *(pytest.param(x, {}, marks=SLOW)
                                                                     for x in (ipo_loss, kl_loss))])
@@ -476,7 +436,6 @@ def test_a_new_loss_trains_logs_and_has_its_flags_by_its_function_and_its_line_a
             with pytest.raises(SystemExit, match="2"):
                 run(tmp_path, name, **common | change)
             assert why in capsys.readouterr().err
-
 
 def test_a_loss_that_asks_for_an_unknown_term_is_refused_and_an_error_in_one_shows_its_line(
         model_a, tmp_path, monkeypatch, capsys):

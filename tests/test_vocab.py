@@ -18,19 +18,16 @@ BYTES = Tokenizer("bytes")
 MERGES = [("a", "b"), ("Ġ", "ab"), ("c", "d"), ("Ã", "©")]  # ids 256 ... 259; é is the bytes C3 A9
 SAMPLE = "ab cd ab\ncdé\x00 it's   12ab"
 
-
 def tiktoken_file(path, *words):
     """A .tiktoken file: the 256 bytes, then words."""
     tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in words]
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     return path
 
-
 def vocabulary():
     """A vocabulary of GPT-2's kind: bytes in GPT-2's order ("!" is 0, " " is 220), merges, end-of-text."""
     tokens = [*vocab.byte_characters(), *(a + b for a, b in MERGES), vocab.EOT]
     return {token: i for i, token in enumerate(tokens)}
-
 
 def tokenizer_json(merges=MERGES):
     ids = vocabulary()
@@ -39,7 +36,6 @@ def tokenizer_json(merges=MERGES):
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
             "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
             "model": {"type": "BPE", "vocab": ids, "merges": merges}}
-
 
 @pytest.fixture
 def folders(tmp_path):
@@ -60,16 +56,13 @@ def folders(tmp_path):
         b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in Tokenizer(hf).ranks.items()))
     return folders
 
-
 def refused(folder):
     with pytest.raises(DataError) as e:
         Tokenizer(folder)
     assert str(folder) in str(e.value) and len(str(e.value).splitlines()) == 1
     return str(e.value)
 
-
 # ---- One vocabulary, many files ----
-
 
 def test_every_kind_of_folder_gives_equal_ids(folders):
     tokenizers = [Tokenizer(folder) for folder in [*folders, folders[-1] / "tokenizer.tiktoken"]]
@@ -83,11 +76,9 @@ def test_every_kind_of_folder_gives_equal_ids(folders):
         assert t.decode(t.encode(SAMPLE)) == SAMPLE
     assert all(map(vocab.is_in, folders)) and not vocab.is_in(folders[0].parent)
 
-
 # Every kind of character, white space by the hundred, HH's turns
 TEXTS = ["a fine film", "\n\nHuman: Hi\n\nAssistant: it's 12 \u00a0\t ab", " " * 300 + "x", "\u0301\u200d",
          *(f"{chr(c)}{chr(c)} a{chr(c)}1 {chr(c)}" for c in range(33, 0xd000, 37))]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["toy", "words", "gpt2"])
@@ -123,7 +114,6 @@ def test_transformers_gives_the_ids_that_we_give(kind, tmp_path):
         vocab.write(tmp_path, dict(reversed(ours.ranks.items())), ours.eot)
         assert (tmp_path / "tokenizer.json").read_bytes() == written
 
-
 @pytest.mark.slow
 def test_any_vocabulary_gives_the_same_ids_however_its_tokens_overlap(tmp_path):
     """Random tokens of two letters: tiktoken joins the neighbours whose union is lowest, leftmost first."""
@@ -137,7 +127,6 @@ def test_any_vocabulary_gives_the_same_ids_however_its_tokens_overlap(tmp_path):
         texts = ["".join(rng.choices("ab", k=20)) for _ in range(100)]
         assert [x.ids for x in theirs.encode_batch(texts)] == ours.encode_batch(texts), words
 
-
 @pytest.mark.slow
 @pytest.mark.skipif(not GPT2.exists(), reason="needs ../shared/data")
 def test_gpt2_has_the_ids_that_everyone_has():
@@ -147,9 +136,7 @@ def test_gpt2_has_the_ids_that_everyone_has():
     ids = [220, 220, 220, 628, 220, 257, 27, 91, 437, 1659, 5239, 91, 29]
     assert tokenizer.encode("   \n\n  a<|endoftext|>") == ids
 
-
 # ---- Text -> ids -> text ----
-
 
 @pytest.mark.parametrize("text", ["<|endoftext|>", "a<|endoftext|>b", "<|endoftext|><|endoftext|>", "\x00",
                                   "\ufeffa", "a\r\nb", "\U0001f600", "\u0301", " \n", "\x7f\x80\xad"])
@@ -159,12 +146,10 @@ def test_any_text_survives_a_round_trip_and_never_becomes_a_special_token(folder
         assert tokenizer.eot not in ids and tokenizer.decode(ids) == text
     assert BYTES.decode(BYTES.encode("a\ud800b")) == "a\ufffdb"  # a lone surrogate is no crash
 
-
 PAD = {"id": 261, "content": "[PAD]", "special": True}
 ADDED = {  # as transformers writes one added special token
     "tokenizer.json": tokenizer_json() | {"added_tokens": [*tokenizer_json()["added_tokens"], PAD]},
     "tokenizer_config.json": {"added_tokens_decoder": {"261": PAD}}}
-
 
 @pytest.mark.parametrize("name", ADDED)
 def test_an_added_special_token_is_no_text(folders, name):
@@ -174,7 +159,6 @@ def test_an_added_special_token_is_no_text(folders, name):
     ids = tokenizer.encode("[PAD] x[PAD]")
     assert max(ids) < 260 and tokenizer.decode(ids) == "[PAD] x[PAD]"
 
-
 @pytest.mark.parametrize("unit", [" ", " \n", "a"])
 def test_a_very_long_run_of_one_character_is_encoded_whatever_follows(unit):
     """The published pattern overflows the regex engine's stack: an error at 500,000 spaces, a panic at
@@ -183,9 +167,7 @@ def test_a_very_long_run_of_one_character_is_encoded_whatever_follows(unit):
     for end in ("", "x"):
         assert len(BYTES.encode(unit * n + end)) == n * len(unit.encode()) + len(end)
 
-
 # ---- What is refused ----
-
 
 @pytest.mark.parametrize("content, message", [
     (b"YQ== 0\nnonsense\n", ":2: not a line of a .tiktoken file"),
@@ -200,7 +182,6 @@ def test_a_broken_tiktoken_file_is_one_clear_line(tmp_path, content, message):
     path.write_bytes(content)
     assert refused(path).startswith(f"{path}{message}")
 
-
 def edited(change):
     """A change of the vocabulary, as a change of vocab.json."""
     def edit(folder):
@@ -209,10 +190,8 @@ def edited(change):
         (folder / "vocab.json").write_text(json.dumps(ids))
     return edit
 
-
 def written(name, content):
     return lambda folder: (folder / name).write_text(content)
-
 
 @pytest.mark.parametrize("kind, edit, message", [
     ("hf", edited(lambda v: v.pop("a")), "not a vocabulary of GPT-2's kind (KeyError: 'a')"),
@@ -236,10 +215,8 @@ def test_a_broken_vocabulary_folder_is_one_clear_line(folders, kind, edit, messa
     edit(folder)
     assert message in refused(folder)
 
-
 BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
 WORD = {"id": 261, "content": "  ", "special": False}
-
 
 @pytest.mark.parametrize("part, value", [
     ("normalizer", {"type": "NFC"}),
@@ -259,7 +236,6 @@ def test_a_tokenizer_json_that_gives_other_ids_is_refused_alone_and_beside_other
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json() | {part: value}))
         assert f"of GPT-2's kind: its {part} would give other ids" in refused(folder)
 
-
 @pytest.mark.parametrize("config, message", [
     ({"add_prefix_space": True}, "add_prefix_space: not GPT-2's"),
     ({"add_bos_token": True}, "add_bos_token: not GPT-2's"),
@@ -274,7 +250,6 @@ def test_a_tokenizer_config_that_asks_for_other_ids_is_refused(folders, config, 
     else:
         assert Tokenizer(folders[0]).vocab_size == 261
 
-
 def test_added_tokens_alone_are_refused(folders):
     """Text may become them, in transformers; tokenizer.json says which are special."""
     (folders[0] / "added_tokens.json").write_text('{"<word>": 261}')
@@ -282,13 +257,11 @@ def test_added_tokens_alone_are_refused(folders):
     (folders[0] / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
     assert Tokenizer(folders[0]).vocab_size == 261
 
-
 def test_two_vocabularies_in_one_folder_are_refused(folders):
     other = tokenizer_json()
     other["model"]["merges"] = MERGES[:-1]
     (folders[0] / "tokenizer.json").write_text(json.dumps(other))
     assert "vocab.json and tokenizer.json hold different vocabularies" in refused(folders[0])
-
 
 def test_without_a_network_gpt2_names_both_ways_out(monkeypatch):
     def fail(_):

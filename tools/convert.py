@@ -41,20 +41,16 @@ PROMPTS = (*CHATS, "prompt", "question", "query", "instruction", "input", "histo
 ASSISTANT = "\n\nAssistant:"  # a transcript's prompt ends here, its response starts with the space
 TEXT, TURNS = "the prompt as it stands", "the prompt as messages"
 
-
 class Unclear(DataError):
     """A record that prefers no answer, or contradicts itself."""
 
-
 class BadLabel(DataError):
     """A completion that its label calls bad."""
-
 
 class Turn(NamedTuple):
     role: str
     text: str
     message: dict  # as it was
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -66,7 +62,6 @@ class Answers:
     text: bool = False  # a text under "prompt" stands as it is
     last: bool = False  # the chosen answer is the last turn of the conversation
 
-
 def comparison(name, first, second, by, low, high, sign):
     """sign(the value of `by`) > 0 chooses the first answer, < 0 the second."""
     def pick(r):
@@ -74,7 +69,6 @@ def comparison(name, first, second, by, low, high, sign):
             raise Unclear(f'a "{by}" that prefers neither answer')
         return [(key, r[key]) for key in ((first, second) if x > 0 else (second, first))]
     return Answers(name, f"{first} {second} {by}", pick)
-
 
 def best_and_worst(r):
     responses, scores = r["responses"], r["scores"]
@@ -84,7 +78,6 @@ def best_and_worst(r):
     if min(scores) == max(scores):
         raise Unclear('"scores" that are all equal')
     return [(f"responses[{i}]", responses[i]) for i in map(scores.index, (max(scores), min(scores)))]
-
 
 KINDS = (
     Answers("pairs", "chosen rejected", text=True),
@@ -106,7 +99,6 @@ KINDS = (
     Answers("conversations", "", fits=lambda r: any(full(r.get(key)) for key in CHATS), last=True),
 )
 
-
 def number(value, key, low=-1e38, high=1e38):
     """A number, also as the text of a cell."""
     try:
@@ -117,21 +109,17 @@ def number(value, key, low=-1e38, high=1e38):
         raise DataError(f'"{key}" must be a number from {low:g} to {high:g}, found {value!r:.40}')
     return x
 
-
 def full(value):
     """True if a value holds something."""
     return value is not None and value != "" and value != [] and value != {}
-
 
 def truth(value):
     """True or False of a label or switch, None for anything else."""
     word = str(value).lower()
     return True if word in ("true", "1", "1.0") else False if word in ("false", "0", "0.0") else None
 
-
 def words_of(key):
     return {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", str(key))}
-
 
 def has_no_meaning(key, value):
     """True for an id, a source, a count, ...; what stands in an object under such a key is looked at too."""
@@ -143,7 +131,6 @@ def has_no_meaning(key, value):
     if isinstance(value, list):
         return all(has_no_meaning(key, item) for item in value)
     return not (isinstance(value, str) and len(value) > LONGEST)
-
 
 class Converter:
     """Converts records, one after the other, and counts what it left out."""
@@ -413,22 +400,18 @@ class Converter:
             raise DataError(f"the prompt ends in a turn of {prompt[-1].role}; it must end in one of the user")
         return prompt, texts
 
-
 def is_message(x):
     return isinstance(x, dict) and bool({"role", "from"} & x.keys())
-
 
 def is_within(part, turns):
     """Do these turns stand among the others, white space around them aside?"""
     part, turns = ([(x[0], x[1].strip()) for x in y if isinstance(x, tuple)] for y in (part, turns))
     return any(turns[i:i + len(part)] == part for i in range(len(turns) - len(part) + 1))
 
-
 def no_form(there, name, lacks):
     keys = " ".join(f"{key}=NAME" for key in lacks)
     return DataError(f"no form has the keys {', '.join(sorted(map(str, there))) or '(none)'}; the nearest, "
                      f"{name}, lacks {', '.join(lacks)}; if they have other names: --keys {keys}")
-
 
 def as_turns(out):
     """A pair of HH's transcripts with its prompt as messages, where they render to exactly the same text."""
@@ -442,7 +425,6 @@ def as_turns(out):
             for text in sides.values()):
         raise Unclear("turns that do not render to the same text (--turns)")
     return {"prompt": messages} | {key: text[1:] for key, text in sides.items()}
-
 
 def convert_files(paths, out, converter, drop_unclear=False, delimiter=None):
     """Convert files into `out` -> lines to print. DataError, and nothing written, if anything is refused."""
@@ -489,7 +471,6 @@ def convert_files(paths, out, converter, drop_unclear=False, delimiter=None):
     return [*notes, f"wrote {out}: {kinds.total()} records; to train on it:",
             shlex.join(["python", "train.py", "--loss", loss, "--data", str(out)])]
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser("convert.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"convert: {message}\n")
@@ -523,7 +504,6 @@ def main(argv=None):
         print(f"convert: {e}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -22,7 +22,6 @@ from plumbing import pairs  # noqa: E402
 
 CLOSE = 0.1  # normalised edit distance below which the two responses are nearly the same text
 
-
 class Findings:
     """What one pass over the files collects."""
 
@@ -59,7 +58,6 @@ class Findings:
         self.distances.append(edit_distance(C, R) / max(len(C), len(R)))
         self.pairs.append(pair)
 
-
 def edit_distance(a, b):
     """Levenshtein distance of two lists; a column of the table is the bits of two ints (Hyyro 2003)."""
     if not a:
@@ -77,10 +75,8 @@ def edit_distance(a, b):
         up, down = (left | ~(equal | down | right)) & mask, right & (equal | down) & mask
     return distance
 
-
 def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
 
 def render(pair, tokenizer):
     """A pair as the model reads it: the end of its prompt, and each scored token in brackets."""
@@ -98,14 +94,11 @@ def render(pair, tokenizer):
                 tokens[60:-5] = [f" ... {len(tokens) - 65} more ... "]
             yield "    " + " ".join(f"{x:g}" for x in score) + "  " * bool(score.size) + "".join(tokens)
 
-
 def percentiles(name, values, form="{:8.0f}"):
     return f"  {name:<26}" + "".join(form.format(x) for x in np.percentile(values, (0, 10, 50, 90, 100)))
 
-
 def share(true):
     return f"{100 * np.mean(true):.1f} %"
-
 
 def report(found, tokenizer, block_size):
     """Findings -> lines of text."""
@@ -141,13 +134,11 @@ def report(found, tokenizer, block_size):
     scored = sum(pair.chosen_scores.size > 0 for pair in found.pairs)
     yield f"\nSegments: {min(S)} to {max(S)} a response; {scored} of {n} pairs have scores, 2D-DPO needs all"
 
-
 def train_command(found, options):
     """The command that trains on these files as they were examined."""
     loss = "2d-dpo" if all(pair.chosen_scores.size for pair in found.pairs) else "dpo"
     return shlex.join(["python", "train.py", "--loss", loss, "--data", *options.files, "--tokenizer",
                        options.tokenizer, "--block_size", str(options.block_size)])
-
 
 UNIT = re.compile(r"""
     (?:```.*?(?:```|\Z) | ^~~~.*?(?:^~~~|\Z))             # a code fence, whole
@@ -156,7 +147,6 @@ UNIT = re.compile(r"""
   | (?P<stop>[.!?…。！？]+)(?P<close>[]"'”’»)}」』）】*_]*)(?=\s*(?P<next>\S?))
   | .""", re.VERBOSE | re.DOTALL | re.MULTILINE)
 ABBREVIATIONS = {"Mr", "Mrs", "Ms", "Dr", "Prof", "St", "Jr", "Sr", "vs", "cf"}
-
 
 def split_segments(text):
     """Sentences, lines and list items of a text, which join to it exactly; a code fence is kept whole.
@@ -183,7 +173,6 @@ def split_segments(text):
         parts[-2:] = [parts[-2] + parts[-1]]
     return parts
 
-
 def segment_lines(paths):
     """Every pair with segments, as JSON lines; a response that has some keeps them."""
     malformed = []
@@ -197,7 +186,6 @@ def segment_lines(paths):
             yield json.dumps(out, ensure_ascii=False)
     if malformed:
         raise data.DataError("\n".join(pairs.listed(malformed)))
-
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -228,7 +216,6 @@ def main(arguments=None):
     except (data.DataError, OSError) as e:
         print(f"doctor: {e}", file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -33,11 +33,9 @@ TABLE = {"loss": "held-out loss", "rewards/accuracies": "accuracy",
 HELD_OUT = {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
 LEGEND = {"training": {"alpha": 0.5}, "held out": HELD_OUT, "chosen": {}, "rejected": {"linestyle": "--"}}
 
-
 def fail(message):
     print(f"plot.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
 
 def read_log(folder):
     """(config, records that have a step) of folder/log.jsonl."""
@@ -63,11 +61,9 @@ def read_log(folder):
         fail(f"{path}: no step in it yet; draw it when the run has logged one")
     return config, records
 
-
 def numbers(records):
     """What equal runs share: all but speed and memory."""
     return json.dumps([{k: x for k, x in r.items() if k[-6:] not in ("_per_s", "memory")} for r in records])
-
 
 def table(runs):
     """Lines of text, best first. runs: {name: (config, records)}."""
@@ -82,7 +78,6 @@ def table(runs):
     lines = [cells for _, cells in sorted(rows, key=itemgetter(0))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).replace(" nan", "    ").rstrip() for line in lines]
-
 
 def draw(runs, path):
     """runs: {name: (config, records)} -> a PNG; runs of equal numbers are one curve."""
@@ -107,7 +102,6 @@ def draw(runs, path):
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser("plot.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
@@ -124,7 +118,6 @@ def main(argv=None):
         fail(f"{path}: {e.strerror}")
     sys.stdout.reconfigure(errors="backslashreplace")  # the path may have letters that a terminal lacks
     print("\n".join(table(runs)), path, sep="\n\n")
-
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,6 @@ from plumbing.files import COMPRESSED, read_bytes
 
 LISTS = ("messages", "conversations", "conversation", "responses", "scores", "history")
 
-
 def read(path, delimiter=None):
     """Yield (place, record) of a file; what is no JSON object stands there as a DataError."""
     kinds = [kind for kind in Path(path.name.lower()).suffixes if kind not in COMPRESSED]
@@ -35,10 +34,8 @@ def read(path, delimiter=None):
             except DataError as e:
                 yield place, e
 
-
 def numbered(name, records):
     return ((f": {name} {i}", record) for i, record in enumerate(records, 1))
-
 
 def read_array(path, content, kind):
     """The items of a JSON array, or None for JSON lines: either may stand in a .json or a .jsonl file."""
@@ -58,7 +55,6 @@ def read_array(path, content, kind):
         raise DataError(f"{path}: one JSON value over several lines; needed is an array of records")
     return items if isinstance(items, list) else None
 
-
 def read_csv(path, content, delimiter):
     """The rows of a table with a header."""
     csv.field_size_limit(2**31 - 1)
@@ -76,7 +72,6 @@ def read_csv(path, content, delimiter):
     except (UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path}: not a table in UTF-8 ({e})") from None
 
-
 def read_arrow(path, content, kind):
     """The rows of a .parquet file, or of an .arrow file that datasets.save_to_disk wrote."""
     try:
@@ -90,7 +85,6 @@ def read_arrow(path, content, kind):
         return pyarrow.ipc.open_stream(content).read_all().to_pylist()
     except (OSError, OverflowError, pyarrow.ArrowException) as e:  # a date beyond Python's years overflows
         raise DataError(f"{path}: not a {kind} file ({str(e).splitlines()[0]})") from None
-
 
 def unfold(rows):
     """The rows of a table. A column of texts becomes lists or objects only where a form asks for them: where
@@ -111,7 +105,6 @@ def unfold(rows):
                     row[key] = value
             break
     return rows
-
 
 def asked_for(key, value):
     """Messages, an object with messages, segments, two outputs, or what stands under a key of LISTS."""

@@ -14,16 +14,13 @@ from toy import reviews, sums  # noqa: E402
 SEED = 0
 PAIRS = {"reviews": (1280, 400), "sums": (800, 300)}  # training, held out; all files together < 900 kB
 
-
 def vocabulary():
     """tiktoken's format, lines of `base64(bytes) rank`: the 256 bytes, then the worlds' words."""
     tokens = [bytes([byte]) for byte in range(256)] + [word.encode() for word in reviews.WORDS + sums.WORDS]
     return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
 
-
 def jsonl(pairs):
     return "".join(json.dumps(pair, separators=(",", ":")) + "\n" for pair in pairs).encode()
-
 
 def files():
     """{name: bytes}. A world's pairs are drawn at once, none twice, then cut: the two files share no pair."""
@@ -36,7 +33,6 @@ def files():
         contents[f"{name}-heldout.jsonl"] = jsonl(pairs[train:])
         contents[f"{name}-heldout.meta.json"] = jsonl([{"accuracy_ceiling": world.ceiling(pairs[train:])}])
     return contents
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -52,7 +48,6 @@ def main():
             stale.append(name)
     if stale:
         sys.exit(f"not what toy/make.py writes: {', '.join(stale)}")
-
 
 if __name__ == "__main__":
     main()

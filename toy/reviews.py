@@ -41,7 +41,6 @@ PROMPT = re.compile(r"Review the (\w+) (\w+):")
 SENTENCE = re.compile(rf" The ({'|'.join(ADJECTIVES)}) ({'|'.join(NOUNS)})"
                       rf" ({'|'.join(VERDICT_POINTS)}) ({'|'.join(EVIDENCE_POINTS)})\.")
 
-
 # ---- the true reward: a function of the text alone ----
 
 def score_sentences(prompt, response):
@@ -61,7 +60,6 @@ def score_sentences(prompt, response):
         scored.append((text, [helpfulness, relevance]))
     return scored
 
-
 def reward(text):
     """The true reward of prompt + response, 0 to 16; no response has 0. The first ':' closes the prompt."""
     prompt, colon, response = text.partition(":")
@@ -69,24 +67,20 @@ def reward(text):
     points = [weight * score for _, scores in scored for weight, score in zip(WEIGHTS, scores, strict=True)]
     return GAIN * sum(points) / max(1, len(scored))
 
-
 # ---- the base distribution and its labelled pairs ----
 
 def pick(rng, items):
     """One item, uniformly. Uses only rng.random(), whose sequence is the same in every Python version."""
     return items[int(rng.random() * len(items))]
 
-
 def own_or_other(rng, own, words):
     return own if rng.random() < OWN else pick(rng, [word for word in words if word != own])
-
 
 def sample_response(adjective, noun, rng):
     """A review of that thing from the base distribution: 2, 3 or 4 sentences, every slot drawn on its own."""
     return "".join(f" The {own_or_other(rng, adjective, ADJECTIVES)} {own_or_other(rng, noun, NOUNS)}"
                    f" {pick(rng, pick(rng, VERDICTS))} {pick(rng, pick(rng, EVIDENCE))}."
                    for _ in range(pick(rng, (2, 3, 4))))
-
 
 def sample_pairs(n, seed):
     """n distinct pairs {"prompt", "chosen", "rejected"}; a response is a list of {"text", "scores"}.
@@ -110,7 +104,6 @@ def sample_pairs(n, seed):
         pairs.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
     return pairs
 
-
 # ---- what a perfect reward model can reach ----
 
 def margin(pair):
@@ -118,17 +111,14 @@ def margin(pair):
     chosen, rejected = ("".join(segment["text"] for segment in pair[side]) for side in ("chosen", "rejected"))
     return reward(pair["prompt"] + chosen) - reward(pair["prompt"] + rejected)
 
-
 def ceiling(pairs):
     """The true reward's accuracy on these labels, ties counted one half."""
     margins = [margin(pair) for pair in pairs]
     return sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(pairs)
 
-
 def expected_ceiling(pairs):
     """The same, averaged over the label noise: the mean of max(p, 1 - p)."""
     return sum(sigmoid(abs(margin(pair))) for pair in pairs) / len(pairs)
-
 
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))  # |x| <= 16 here: no overflow

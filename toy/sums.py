@@ -15,7 +15,6 @@ WIDTHS = (3, 4)  # digits of a number
 PROMPT = re.compile(r"([0-9]{1,9}) \+ ([0-9]{1,9}) =")
 WORDS = [" +", " ="]  # with the space before them; all else is single bytes
 
-
 def worked(a, b):
     """The right answer to a + b, worked out."""
     columns, carry = [], 0
@@ -24,7 +23,6 @@ def worked(a, b):
         columns.append(f" {x}+{y}+{carry}={x + y + carry:02d}")
         carry = (x + y + carry) // 10
     return ",".join(columns) + f": {a + b}"
-
 
 # ---- the true reward: a function of the text alone ----
 
@@ -39,12 +37,10 @@ def reward(text):
     right = sum(column == wanted for column, wanted in zip(columns, right_columns, strict=False))
     return right / len(right_columns) + (result == right_result)
 
-
 def correct(text):
     """Whether prompt + response is a sum worked out to the letter."""
     prompt = PROMPT.match(text)
     return bool(prompt) and text[prompt.end():].rstrip() == worked(int(prompt[1]), int(prompt[2]))
-
 
 # ---- pairs ----
 
@@ -52,11 +48,9 @@ def below(rng, n):
     """An integer 0 … n-1. Uses only rng.random(), whose sequence is the same in every Python version."""
     return int(rng.random() * n)
 
-
 def draw_sum(rng):
     low = 10 ** (WIDTHS[below(rng, len(WIDTHS))] - 1)
     return low + below(rng, 9 * low), low + below(rng, 9 * low)
-
 
 def change_digits(answer, edits, rng):
     """`edits` digits of the answer's first third (of its first `edits`, if these are more) made wrong."""
@@ -69,7 +63,6 @@ def change_digits(answer, edits, rng):
         i = early.pop(below(rng, len(early)))
         characters[i] = str((int(characters[i]) + 1 + below(rng, 9)) % 10)  # any digit but itself
     return "".join(characters)
-
 
 def sample_pairs(n, seed, edits=1):
     """n pairs {"prompt", "chosen", "rejected"} of strings; no sum comes twice, in either order.
@@ -93,7 +86,6 @@ def sample_pairs(n, seed, edits=1):
             rejected = change_digits(chosen, edits, rng)
         pairs.append({"prompt": f"{a} + {b} =", "chosen": chosen, "rejected": rejected})
     return pairs
-
 
 def ceiling(pairs):
     """The true reward's accuracy on these labels, ties counted one half."""
