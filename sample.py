@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import Pair, Tokenizer, collate
 from plumbing import machine, pairs, pretrained, vocab
-from plumbing.errors import ConfigError
+from plumbing.errors import ConfigError, DataError
+from plumbing.files import read_bytes
 from plumbing.flags import check_tokens, read_sizes
 from plumbing.folder import open_model, read_run, weights_hash
 from plumbing.report import fail, one_line_errors, sampling
@@ -103,9 +104,27 @@ def load(args):
         raise ConfigError(f"{ref}: is no longer the reference of this run; name the right one with --ref")
     return policy, reference.float().to(args.device), tokenizer, beta
 
+def read_prompts(path):
+    """Prompts, strings or lists of messages, of a file of the one format, whose responses are not read; or of
+    a .txt file or standard input ("-"), where a line that does not start with "{" is a prompt itself."""
+    malformed, prompts, plain = [], [], path == "-" or path.lower().endswith(".txt")
+    [path] = [path] if plain else pairs.files_of([path])
+    content = sys.stdin.buffer.read() if path == "-" else read_bytes(path)
+    for place, line in pairs.lines_of(path, content):
+        try:
+            json_line = not plain or line.lstrip().startswith("{")
+            record = pairs.parse_json(line) if json_line else {"prompt": line.rstrip("\r")}
+            pairs.check_keys(record, "", ["prompt"], ["id", "chosen", "rejected"])
+            prompts.append(pairs.check_prompt(record["prompt"]))
+        except DataError as e:
+            malformed.append((path, place, str(e)))
+    if malformed or not prompts:
+        raise DataError("\n".join(pairs.listed(malformed)) or f"{path}: holds no prompt")
+    return prompts
+
 def sample(args):
     """Print what the flags ask for."""
-    prompts = args.prompt + (pairs.read_prompts(args.prompts) if args.prompts else [])
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ConfigError('--prompt: say what to answer, --prompt "..." or --prompts FILE')
     if args.chat:

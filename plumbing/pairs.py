@@ -22,31 +22,20 @@ from plumbing.errors import DataError
 from plumbing.files import read_bytes
 from plumbing.vocab import EOT
 
-DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow)(\.(gz|xz|bz2))?$", re.IGNORECASE)
-
 class OtherForm(DataError):
     """A record that tools/convert.py may convert."""
 
-def only_file(path):
-    """The file, or the one data file of a folder. DataError for a folder with none or several."""
-    if not (path := Path(path)).is_dir():
-        return path
-    files = [p for p in sorted(path.rglob("*")) if DATA_FILE.search(p.name) and p.is_file()
-             and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    if len(files) != 1:
-        names = shlex.join(map(str, files[:5])) + " ..." * (len(files) > 5)
-        raise DataError(f"{path}: a folder of {len(files)} data files; name those that are meant: {names}")
-    return files[0]
-
 def files_of(paths):
-    """Files of the one format, and folders that hold exactly one data file -> the files."""
-    for path in (files := [only_file(path) for path in paths]):
+    """Files of the one format."""
+    for path in (files := [Path(path) for path in paths]):
+        if path.is_dir():
+            raise DataError(f"{path}: a folder; name the files that are meant")
         if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
             raise DataError(f"{path}: not the format that is read, .jsonl; {how_to_convert(path)}")
     return files
 
 def how_to_convert(path):
-    out = Path(path).with_name(DATA_FILE.sub("", Path(path).name) + "-pairs.jsonl")
+    out = Path(path).with_name(Path(path).name.partition(".")[0] + "-pairs.jsonl")
     return "convert it: " + shlex.join(["python", "tools/convert.py", str(path), "--out", str(out)])
 
 def lines_of(path, content):
@@ -86,23 +75,6 @@ def read(path, malformed, alone=False):
             continue
         sides = ([("".join(text for text, _ in chosen), None)], None) if alone else (chosen, rejected)
         yield f"{path}{place}", prompt, *sides
-
-def read_prompts(path):
-    """Prompts, strings or lists of messages, of a file of the one format, whose responses are not read; or of
-    a .txt file or standard input ("-"), where a line that does not start with "{" is a prompt itself."""
-    malformed, prompts, plain = [], [], str(path) == "-" or str(path).lower().endswith(".txt")
-    [path] = [path] if plain else files_of([path])
-    for place, line in lines_of(path, sys.stdin.buffer.read() if str(path) == "-" else read_bytes(path)):
-        try:
-            json_line = not plain or line.lstrip().startswith("{")
-            record = parse_json(line) if json_line else {"prompt": line.rstrip("\r")}
-            check_keys(record, "", ["prompt"], ["id", "chosen", "rejected"])
-            prompts.append(check_prompt(record["prompt"]))
-        except DataError as e:
-            malformed.append((path, place, str(e)))
-    if malformed or not prompts:
-        raise DataError("\n".join(listed(malformed)) or f"{path}: holds no prompt")
-    return prompts
 
 def check(record, alone=False):
     """A record -> (prompt, chosen, rejected). alone: rejected may be missing, and is None then."""

@@ -51,7 +51,7 @@ FLAGS = [
     ("--loss 2d-dpo --data plain.jsonl", "--loss 2d-dpo: needs scores in every segment"),
     ("--data missing.jsonl", "--data missing.jsonl: no such file"),
     ("--val_data missing.jsonl", "--val_data missing.jsonl: no such file"),
-    ("--data nothing", "nothing: a folder of 0 data files"),
+    ("--data nothing", "nothing: a folder; name the files that are meant"),
     ("--data empty.jsonl", "no pair is left to train on"),
     ("--data cut.jsonl.gz", "cut.jsonl.gz: Compressed file ended before t"),
     ("--data late.jsonl", "late.jsonl:5: not UTF-8"), ("--data second.jsonl", "second.jsonl:5: not JSON"),

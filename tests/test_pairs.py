@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 import data
+import sample
 from data import DataError, Tokenizer, load
-from plumbing import pairs
+from tools import records
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -158,7 +159,7 @@ def test_lines_are_read_whatever_ends_them_and_hidden_files_of_a_folder_are_no_d
     (tmp_path / ".ipynb_checkpoints").mkdir()
     for hidden in ("._a.jsonl", ".ipynb_checkpoints/a.jsonl", "README.md"):  # no data of the folder
         (tmp_path / hidden).write_bytes(content)
-    assert len(load([tmp_path], BYTES, 100)[0]) == 3
+    assert records.only_file(tmp_path) == tmp_path / name
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", None, "No such file"), ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
@@ -168,7 +169,7 @@ def test_lines_are_read_whatever_ends_them_and_hidden_files_of_a_folder_are_no_d
     ("a.jsonl", LINES.decode().encode("utf-16"), ":1: not UTF-8"), ("a.jsonl", b"", "0 pairs"),
     *((f"a{ending}", LINES, "convert it: python tools/convert.py {0} --out {1}/a-pairs.jsonl")
       for ending in (".json", ".csv", ".parquet", ".jsonl.xz", ".JSON.gz")),
-    ("a.txt", LINES, "convert it: python tools/convert.py {0} --out {1}/a.txt-pairs.jsonl"),
+    ("a.txt", LINES, "convert it: python tools/convert.py {0} --out {1}/a-pairs.jsonl"),
 ])
 def test_a_file_that_is_not_read_is_one_line_with_the_command_to_use(tmp_path, name, content, message):
     if content is not None:
@@ -180,13 +181,15 @@ def test_a_file_that_is_not_read_is_one_line_with_the_command_to_use(tmp_path, n
 
 @pytest.mark.parametrize("names", [
     ("train.jsonl", "evaluation.jsonl"), ("train.jsonl", "notes.csv"), ("a/0.jsonl", "b/0.jsonl"), ()])
-def test_a_folder_is_read_only_where_it_holds_one_data_file(tmp_path, names):
+def test_of_a_folder_one_data_file_is_converted_and_none_is_trained_on(tmp_path, names):
     """No list of words says which of several is meant: each must be named, and then all are read in order."""
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(LINES)
-    with pytest.raises(DataError) as e:
+    with pytest.raises(DataError, match="a folder; name the files that are meant"):
         load([tmp_path], BYTES, 100)
+    with pytest.raises(DataError) as e:
+        records.only_file(tmp_path)
     assert f"a folder of {len(names)} data files" in str(e.value)
     assert all(str(tmp_path / name) in str(e.value) for name in names)
     if all(name.endswith(".jsonl") for name in names) and names:
@@ -201,7 +204,7 @@ def test_prompts_are_those_of_data_of_lines_of_text_and_of_stdin(tmp_path, monke
     (tmp_path / name).write_bytes(text.encode())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
-    assert pairs.read_prompts(name) == prompts
+    assert sample.read_prompts(name) == prompts
 
 @pytest.mark.parametrize("name, text, message", [
     ("p.csv", "prompt\nx", "p.csv: not the format that is read, .jsonl"), ("p.txt", "\n", "holds no prompt"),
@@ -212,5 +215,5 @@ def test_prompts_are_those_of_data_of_lines_of_text_and_of_stdin(tmp_path, monke
 def test_what_is_no_prompt_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError) as e:
-        pairs.read_prompts(tmp_path / name)
+        sample.read_prompts(str(tmp_path / name))
     assert message in str(e.value)

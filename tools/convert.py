@@ -490,7 +490,7 @@ def main(argv=None):
     try:
         if wrong := [f"{new}={old}" for new, old in keys if new not in names or not old]:
             raise DataError(f"--keys {wrong[0]}: must be NAME=KEY, with a NAME of {', '.join(sorted(names))}")
-        paths = [pairs.only_file(path) for path in options.files]
+        paths = [records.only_file(path) for path in options.files]
         same = any(out.resolve() == path.resolve() for path in paths)
         for wrong, what in ((out.suffix.lower() != ".jsonl", f"--out {out}: must end in .jsonl"),
                             (same, f"--out {out}: is one of the files to convert"),

@@ -4,6 +4,8 @@ import ast
 import csv
 import io
 import json
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +14,19 @@ from plumbing.errors import DataError
 from plumbing.files import COMPRESSED, read_bytes
 
 LISTS = ("messages", "conversations", "conversation", "responses", "scores", "history")
+
+DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow)(\.(gz|xz|bz2))?$", re.IGNORECASE)
+
+def only_file(path):
+    """The file, or the one data file of a folder. DataError for a folder with none or several."""
+    if not (path := Path(path)).is_dir():
+        return path
+    files = [p for p in sorted(path.rglob("*")) if DATA_FILE.search(p.name) and p.is_file()
+             and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    if len(files) != 1:
+        names = shlex.join(map(str, files[:5])) + " ..." * (len(files) > 5)
+        raise DataError(f"{path}: a folder of {len(files)} data files; name those that are meant: {names}")
+    return files[0]
 
 def read(path, delimiter=None):
     """Yield (place, record) of a file; what is no JSON object stands there as a DataError."""
