@@ -15,8 +15,7 @@ def paths_of(folder):
     return sorted(folder.glob("checkpoints/step-*.safetensors"), reverse=True)
 
 def save(folder, step, model, optimizer, state):
-    """Write the checkpoint of a step and keep the last two. state is any JSON. A parameter that never had a
-    gradient has no moments, and none are saved for it."""
+    """Write a step's checkpoint, keep the last two. A parameter that never had a gradient has no moments."""
     tensors = {}
     for name, p in model.named_parameters():
         for key, value in ({"model": p.detach()} | optimizer.state.get(p, {})).items():

@@ -14,7 +14,7 @@ from losses import LOSSES, SELECTING, TERMS, knobs_of, terms_of
 from model import GPTConfig
 from plumbing import machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, DataError, ModelError
-from plumbing.folder import check_free, is_free, read_run
+from plumbing.folder import check_free, files_of, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = tuple(str(ROOT / "toy" / f) for f in ("reviews-train.jsonl", "reviews-heldout.jsonl", "toy.tiktoken"))
@@ -27,27 +27,21 @@ def is_pairwise(loss):
 
 # ---- argv -> what was typed -> Config ----
 def parse(Config, argv):
-    """argv -> {name: value} of the flags that were typed. Flags are Config's fields, with their types,
-    choices and help, and the hyper-parameters of the losses."""
+    """argv -> {name: value} of the flags that were typed: Config's fields, the losses' hyper-parameters."""
     parser = argparse.ArgumentParser(
         "train.py", usage="python train.py [--FLAG VALUE ...]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a policy on preference pairs. Without flags: the toy reviews, SFT, then DPO.")
     parser.error = lambda message: report.fail("train.py", message)
-    for name, field in Config.__dataclass_fields__.items():
-        if name == "settings":
-            continue
+    fields = {name: field for name, field in Config.__dataclass_fields__.items() if name != "settings"}
+    for name, field in fields.items():
         text = field.metadata["help"].replace("%", "%%")
         if field.default not in (None, ()) and field.type is not bool:
             text += f"; default {field.default}"
         kind = next(kind for kind in typing.get_args(field.type) or (field.type,) if kind is not type(None))
-        if kind is bool:
-            parser.add_argument("--" + name, action=argparse.BooleanOptionalAction, help=text)
-        elif kind is tuple:
-            parser.add_argument("--" + name, nargs="+", help=text)
-        else:
-            parser.add_argument("--" + name, type=kind, help=text, metavar=kind.__name__.upper(),
-                                choices=field.metadata["choices"])
+        how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+"}}.get(kind) or {
+            "type": kind, "metavar": kind.__name__.upper(), "choices": field.metadata["choices"]}
+        parser.add_argument("--" + name, help=text, **how)
     for knob in dict.fromkeys(knob for loss in LOSSES.values() for knob in knobs_of(loss)):
         readers = [f"{name} {knobs_of(x)[knob]}" for name, x in LOSSES.items() if knob in knobs_of(x)]
         parser.add_argument("--" + knob, type=float, metavar="FLOAT",
@@ -55,9 +49,8 @@ def parse(Config, argv):
     typed = vars(parser.parse_args(argv))
     typed = {name: tuple(x) if isinstance(x, list) else x for name, x in typed.items()}
     if "aspect_weights" in typed:
-        words = " ".join(typed["aspect_weights"]).replace(",", " ").split()
         try:
-            typed["aspect_weights"] = tuple(map(float, words))
+            typed["aspect_weights"] = tuple(float(w) for x in typed["aspect_weights"] for w in x.split(","))
         except ValueError as e:
             raise ConfigError(f"--aspect_weights: {e}") from None
     return typed
@@ -69,11 +62,9 @@ def configure(Config, typed):
     if given.get("resume"):
         if not given.get("out_dir") or given.get("overwrite"):
             raise ConfigError("--resume: goes with --out_dir FOLDER and without --overwrite")
-        then = read_run(given["out_dir"])["config"]
-        given = {name: tuple(x) if isinstance(x, list) else x for name, x in then.items()
-                 if name != "overwrite"} | given
-    name = given.get("loss", Config.loss)
-    if name not in LOSSES:
+        then = read_run(given["out_dir"])["config"] | {"overwrite": False}
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in then.items()} | given
+    if (name := given.get("loss", Config.loss)) not in LOSSES:
         raise ConfigError(f"--loss {name}: choose from {', '.join(LOSSES)}")
     settings = {knob: given.get(knob, default) for knob, default in knobs_of(LOSSES[name]).items()}
     if missing := [knob for knob, value in settings.items() if value is None]:
@@ -85,8 +76,7 @@ def configure(Config, typed):
 
 # ---- Checks ----
 def check(cfg, typed):
-    """Refuse values out of range, a loss that asks for an unknown term, and typed flags that it does not
-    read."""
+    """Refuse values out of range, a loss that asks for an unknown term, and flags that it does not read."""
     for name, field in cfg.__dataclass_fields__.items():
         value, low = getattr(cfg, name), field.metadata.get("at_least")
         if low is not None and value is not None and not low <= value < 2**63:
@@ -154,42 +144,36 @@ def check_tokens(flag, name, sizes, tokenizer):
 # ---- The whole way ----
 def resolve(Config, argv):
     """argv -> (Config in which every knob that the run reads has its value, Tokenizer). The start's and the
-    reference's config.json are read here, the weights and the data later. Raises ConfigError, DataError or
-    ModelError before anything is written."""
+    reference's config.json are read here, the weights and the data later; nothing is written."""
     typed = parse(Config, argv)
     cfg = configure(Config, typed)
     check(cfg, typed)
     cfg = replace(cfg, out_dir=place_of_run(cfg), device=cfg.device or machine.best_device())
-    for flag, files in (("data", cfg.data), ("val_data", cfg.val_data)):
-        for file in files:
-            if not os.path.exists(file):
-                raise ConfigError(f"--{flag} {file}: no such file")
+    for flag, file in [(flag, file) for flag in ("data", "val_data") for file in getattr(cfg, flag)]:
+        if not os.path.exists(file):
+            raise ConfigError(f"--{flag} {file}: no such file")
     ranks.start(cfg.device)  # all have seen the folders before one writes
-    sizes, ref = read_sizes("init", cfg.init), read_sizes("ref", cfg.ref)  # before a tokenizer is looked for
-    tokenizer = load_tokenizer(cfg)
-    for flag, found in (("init", sizes), ("ref", ref)):
-        if found:
-            check_tokens(flag, getattr(cfg, flag), found, tokenizer)
-    if ref and ref.vocab_size != (rows := sizes.vocab_size if sizes else tokenizer.vocab_size):
-        raise ConfigError(f"--ref {cfg.ref}: has {ref.vocab_size} rows of token ids, the policy {rows}")
-    if sizes:
-        if (stops := pretrained.stops_of(pretrained.folder_of(cfg.init))) not in ([], [tokenizer.eot]):
-            report.say(f"--init {cfg.init} ends texts at id {', '.join(map(str, stops))}; responses end in "
-                       f"{vocab.EOT} here, id {tokenizer.eot}, and so will the result's")
-        own = {name: getattr(sizes, name) for name in ("n_layer", "n_head", "n_embd")}
-        for name in own.keys() & typed.keys():
-            if typed[name] != own[name]:
-                raise ConfigError(f"--{name} {typed[name]}: --init has {own[name]}; leave it out")
-        if "block_size" not in typed and not cfg.resume:
-            own["block_size"] = sizes.block_size
-        cfg = replace(cfg, **own)
-    return for_machine(cfg, sizes.vocab_size if sizes else tokenizer.vocab_size), tokenizer
+    sizes = {flag: read_sizes(flag, getattr(cfg, flag)) for flag in ("init", "ref") if getattr(cfg, flag)}
+    tokenizer = load_tokenizer(cfg)  # looked for when the models' sizes have been read
+    for flag, found in sizes.items():
+        check_tokens(flag, getattr(cfg, flag), found, tokenizer)
+    own = sizes.get("init")
+    rows = own.vocab_size if own else tokenizer.vocab_size
+    if "ref" in sizes and sizes["ref"].vocab_size != rows:
+        raise ConfigError(f"--ref {cfg.ref}: has {sizes['ref'].vocab_size} rows, the policy {rows}")
+    if own:
+        for name in ("n_layer", "n_head", "n_embd"):
+            if typed.get(name) not in (None, getattr(own, name)):
+                raise ConfigError(f"--{name} {typed[name]}: --init has {getattr(own, name)}; leave it out")
+        block_size = cfg.block_size if cfg.resume or "block_size" in typed else own.block_size
+        cfg = replace(cfg, n_layer=own.n_layer, n_head=own.n_head, n_embd=own.n_embd, block_size=block_size)
+    return for_machine(cfg, rows), tokenizer
 
 def place_of_run(cfg):
     """--out_dir, or the first free one of out/LOSS, out/LOSS-2, ..., and why it is not the first."""
     name = f"out/{cfg.loss}"
-    out_dir = cfg.out_dir or next(free for n in range(1, 10000)
-                                  if is_free(Path(free := name if n == 1 else f"{name}-{n}")))
+    names = (name if n == 1 else f"{name}-{n}" for n in range(1, 10000))
+    out_dir = cfg.out_dir or next(name for name in names if not files_of(Path(name)))
     try:
         check_free(Path(out_dir), cfg.resume, cfg.overwrite)
     except OSError as e:  # a name that is too long, a folder that may not be searched
@@ -220,16 +204,13 @@ def for_machine(cfg, vocab_size):
 
 def sft_before(cfg):
     """The Config of the SFT run that makes the start of a preference run without --init."""
-    defaults = type(cfg)
-    return replace(cfg, loss="sft", settings={}, steps=cfg.sft_steps, lr=cfg.sft_lr, ref=None,
-                   overwrite=False, sft_steps=defaults.sft_steps, sft_lr=defaults.sft_lr, aspect_weights=(),
-                   rejected_weight=defaults.rejected_weight, eval_every=0, save_every=0,
-                   log_every=max(cfg.log_every, 50))
+    unread = {name: cfg.__dataclass_fields__[name].default for name in (
+        "ref", "overwrite", "sft_steps", "sft_lr", "aspect_weights", "rejected_weight")}
+    return replace(cfg, **unread, loss="sft", settings={}, steps=cfg.sft_steps, lr=cfg.sft_lr, eval_every=0,
+                   save_every=0, log_every=max(cfg.log_every, 50))
 
 def read_sizes(flag, name):
-    """The GPTConfig of --init or --ref, or None."""
-    if name is None:
-        return None
+    """The GPTConfig of --init or --ref."""
     if name not in pretrained.NAMES and not os.path.isdir(name):  # False for a name that is too long, too
         raise ConfigError(f"--{flag} {name}: no such folder; choose one, or a name: "
                           f"{', '.join(pretrained.NAMES)}")
@@ -240,12 +221,11 @@ def read_sizes(flag, name):
 
 def load_tokenizer(cfg):
     """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
+    own = cfg.init if cfg.init and vocab.is_in(cfg.init) else "gpt2" if cfg.data or cfg.init else TOY[2]
     try:
-        given = data.Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+        return data.Tokenizer(cfg.tokenizer or own)
     except DataError as e:
         raise ConfigError(f"--tokenizer: {e}") from None
-    own = data.Tokenizer(cfg.init) if cfg.init and vocab.is_in(cfg.init) else None
-    return given or own or data.Tokenizer("gpt2" if cfg.data or cfg.init else TOY[2])
 
 def load_data(cfg, tokenizer):
     """(training pairs, held-out pairs), and what was read is printed."""
@@ -253,20 +233,19 @@ def load_data(cfg, tokenizer):
     pairs, notes = data.load(cfg.data or TOY[:1], tokenizer, cfg.block_size, alone)
     if cfg.val_data or not cfg.data:
         val, more = data.load(cfg.val_data or TOY[1:2], tokenizer, cfg.block_size, alone)
-        notes += more
         held, trained = (set(x.hashes("prompt", "chosen", "rejected")) for x in (val, pairs))
+        notes += more
         if both := held & trained:
             notes.append(f"{len(both)} of {len(held)} held-out pairs are training pairs too")
     else:
         pairs, val = data.hold_out(pairs)
         notes.append(f"held out, by prompt: {len(val)} pairs; {len(pairs)} are left to train on")
     if "chosen_rewards" in terms_of(LOSSES[cfg.loss]):
-        A = pairs.n_aspects
+        A, W = pairs.n_aspects, len(cfg.aspect_weights)
         if not A or not val.n_aspects:
             raise DataError(f"--loss {cfg.loss}: needs scores in every segment of every pair; "
                             "tools/doctor.py --segment writes the form to fill in")
-        if {val.n_aspects, len(cfg.aspect_weights) or A} != {A}:
-            raise ConfigError(f"--aspect_weights: {len(cfg.aspect_weights)} weights for {A} aspects "
-                              f"({val.n_aspects} in the held-out pairs)")
+        if {val.n_aspects, W or A} != {A}:
+            raise ConfigError(f"--aspect_weights: {W} weights for {A} aspects ({val.n_aspects} held out)")
     report.say("\n".join(notes))
     return pairs, val

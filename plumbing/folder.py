@@ -4,7 +4,7 @@
                         saved (step of the newest checkpoint), finished (steps, or null)
     log.jsonl           one record a line, the first says how to repeat the run
     checkpoints/        step-N.safetensors, the last two
-    reference-train.npy what the reference says of each response token of the training pairs
+    reference-train.bin what the reference says of each response token of the training pairs
     model.safetensors   the result, with config.json and the tokenizer: a Hugging Face folder. While finished
                         is null, it is absent or of an earlier end: open_model reads the newest checkpoint
 """
@@ -32,8 +32,8 @@ PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full i
 FREE = {*PATHS, "out_dir", "resume", "overwrite", "settings", "steps", "micro_batch_size",
         "micro_batch_tokens", "sft_steps", "sft_lr", "eval_every", "save_every", "log_every", "device",
         "compile", "compile_head", "head_tokens"}
-RESULT = ("model.safetensors*", "model-*-of-*.safetensors", "config.json", "generation_config.json",
-          "tokenizer.tiktoken", *vocab.OF_TRANSFORMERS)
+WRITTEN = ("checkpoints/*", "reference-train.*", "log.jsonl", "model*.safetensors*", "config.json",
+           "generation_config.json", *vocab.OF_TRANSFORMERS, "run.json")  # until the last it is a run
 
 def read_run(folder):
     """run.json of a folder."""
@@ -103,14 +103,13 @@ def check_identity(folder, then, now):
 
 def place_of_sft(cfg, pairs, val, tokenizer):
     """The SFT run that makes the start of a preference run, in out/sft beside it, or in out/sft-HASH where
-    that holds another: one folder for each start, found again by later runs. Returns (cfg with its folder,
-    True if it is finished)."""
+    that holds another, found again by later runs: (cfg with its folder, True if it is finished)."""
     identity, beside = identity_of(cfg, pairs, val, tokenizer, None, None), Path(cfg.out_dir)
     name = hashlib.sha256(json.dumps([identity, cfg.steps], sort_keys=True).encode()).hexdigest()[:8]
     for folder in (beside.with_name("sft"), beside.with_name(f"sft-{name}")):
         run = read_run(folder) if (folder / "run.json").exists() else None
         same = run and (run["identity"], run["config"]["steps"]) == (identity, cfg.steps)
-        if folder.resolve() != beside.resolve() and (same or is_free(folder)):
+        if folder.resolve() != beside.resolve() and (same or not files_of(folder)):
             break
     ranks.wait()  # all ranks have chosen before one writes
     finished = run and run["finished"] is not None
@@ -119,29 +118,27 @@ def place_of_sft(cfg, pairs, val, tokenizer):
 # ---- May this folder be written to? ----
 def files_of(folder):
     """Names of the files in a folder, without what a run that was killed at its very start leaves."""
-    return sorted(p.name for p in folder.glob("[!.]*") if p.is_file() and p.suffix != ".part")
-
-def is_free(folder):
-    """True if the folder is absent or empty."""
-    return not folder.exists() or folder.is_dir() and not files_of(folder)
+    inside = folder.iterdir() if folder.is_dir() else [folder] * folder.exists()
+    return sorted(p.name for p in inside if p.is_file() and p.name[0] != "." and p.suffix != ".part")
 
 def check_free(folder, resume, overwrite):
     """Refuse a folder that holds something else, before any work."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out_dir {folder}: is a file; choose a folder")
-    kept = files_of(folder)
-    if resume:
+    kept, why = files_of(folder), None
+    if folder.is_file():
+        why = "is a file; choose a folder"
+    elif resume:
         read_run(folder)
     elif kept and "run.json" not in kept:
-        raise ConfigError(f"--out_dir {folder}: holds {len(kept)} files ({kept[0]}, ...) and is no run's; "
-                          "choose another folder")
+        why = f"holds {len(kept)} files ({kept[0]}, ...) and is no run's; choose another folder"
     elif kept and not overwrite:
-        raise ConfigError(f"--out_dir {folder}: holds a {read_run(folder)['config']['loss']} run; choose "
-                          "--resume, --overwrite or another folder")
+        loss = read_run(folder)["config"]["loss"]
+        why = f"holds a {loss} run; choose --resume, --overwrite or another folder"
+    if why:
+        raise ConfigError(f"--out_dir {folder}: {why}")
 
 def claim(folder, record, resume, overwrite):
-    """Make the folder of a run, lock it against a second writer until the returned lock is released, and
-    write its run.json, or compare what the run is with what it was."""
+    """Make the folder of a run and lock it against a second writer; write its run.json, or compare what the
+    run is with what it was. Returns the lock."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,11 +152,9 @@ def claim(folder, record, resume, overwrite):
         if resume:
             check_identity(folder, read_run(folder)["identity"], record["identity"])
             return lock
-        if overwrite:  # what a run wrote there, and nothing else; run.json last, until then it is a run's
-            with writing(folder):
-                for pattern in ("checkpoints/*", "reference-*.npy", "log.jsonl", *RESULT, "run.json"):
-                    for path in folder.glob(pattern):
-                        path.unlink()
+        with writing(folder):  # --overwrite removes what a run wrote there, and nothing else
+            for path in (path for pattern in WRITTEN * overwrite for path in folder.glob(pattern)):
+                path.unlink()
         write_json(folder / "run.json", record)
         return lock
     except BaseException:
@@ -185,10 +180,6 @@ class Run:
 
     def __enter__(self):
         self.lock = ranks.on_main(claim, self.folder, self.record, self.cfg.resume, self.cfg.overwrite)
-        if ranks.any_of(not (self.folder / "run.json").exists()):
-            self.__exit__()
-            raise ConfigError(f"--out_dir {self.folder}: another machine does not see it; choose one that "
-                              "all machines share")
         self.finished = read_run(self.folder)["finished"] == self.cfg.steps
 
         def note(number, frame):
@@ -212,7 +203,6 @@ class Run:
         cfg, folder = self.cfg, self.folder
         if cfg.resume and (read_run(folder)["saved"] or checkpoints.paths_of(folder)):
             self.first, state = checkpoints.load(folder, policy, optimizer)
-            check_identity(folder, state["identity"], self.identity)
             self.before = state["before"]
             if self.first > cfg.steps:
                 raise ConfigError(f"--steps {cfg.steps}: the run is at step {self.first} already")
@@ -227,8 +217,7 @@ class Run:
 
     @ranks.only_main
     def describe(self, policy):
-        """Write config.json and the tokenizer, with what the start's say and training does not change: before
-        the run, so that it can be sampled when it is stopped, and after it. The policy is whole."""
+        """Write config.json and the tokenizer, before the run too: one that is stopped can be sampled."""
         with writing(self.folder):
             if isinstance(policy, GPT):
                 pretrained.write_config(policy, self.folder, self.tokenizer.eot)
@@ -250,7 +239,9 @@ class Run:
         norm, total = ranks.whole(norm), terms["loss"].sum()
         if not math.isfinite((norm + total).item()):  # the step's one wait for the device
             bad = terms["pair"][~terms["loss"].isfinite()] if not total.isfinite() else terms["pair"]
-            raise RunError(report.unhealthy_step(step, terms, norm, [self.pairs.where[int(i)] for i in bad]))
+            where = report.some([self.pairs.where[int(i)] for i in bad], 8)
+            raise RunError(f"step {step}: mean loss {terms['loss'].mean().item():g}, gradient norm "
+                           f"{norm.item():g}; stopped before the update. Pairs: {where}")
         self.tokens.append(self.pairs.lengths[index].sum())
 
     def log(self, step, numbers, metrics, *args):
@@ -271,8 +262,7 @@ class Run:
         self.stopped = ranks.agree(self.signals)
         if step == self.cfg.steps or self.stopped or self.cfg.save_every and step % self.cfg.save_every == 0:
             began = time.perf_counter()
-            checkpoints.save(self.folder, step, policy, optimizer,
-                             {"before": self.before, "identity": self.identity})
+            checkpoints.save(self.folder, step, policy, optimizer, {"before": self.before})
             self.record["saved"] = step
             write_json(self.folder / "run.json", self.record)
             self.clock += time.perf_counter() - began
@@ -289,10 +279,8 @@ class Run:
             raise RunError(f"step {step}: the held-out loss is {found['loss']}; is --lr far too large?")
         if step:
             self.after = found
-            if note := report.remark(step, found, self.val.rows["C"].mean()):
-                self.log_file.write({"step": step, "note": note})
             if "rewards/accuracies" in found:
-                report.say(report.held_out_line(found, note))
+                report.say(report.held_out_line(found, self.val.rows["C"].mean()))
         else:
             self.before = found
             if self.identity["ref"] and self.identity["ref"] == self.identity["init"]:

@@ -1,15 +1,11 @@
-"""The machine: settings that torch reads when it is imported, compiler, allocator, memory.
-
-Import this module before torch.
-"""
+"""The machine: settings that torch reads (import this module before it), compiler, allocator, memory."""
 
 import ctypes
 import os
 
 # Idle OpenMP threads should sleep: spinning makes steps of a small model 10 times slower on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# A bfloat16 product on the CPU caches its workspace for 1024 shapes; batches have ever new shapes, and memory
-# would grow for hundreds of steps.
+# A bfloat16 product on the CPU caches its workspace for 1024 shapes; with ever new shapes memory would grow.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 # Batches of changing sizes fragment CUDA's memory without it.
@@ -31,9 +27,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 ALIGN = 64  # rows of the embedding table are a multiple of it: aligned logits multiply faster, on CPUs too
 
 def tune_allocator():
-    """For Linux CPUs, before the first tensor. glibc takes large buffers fresh from the kernel and gives them
-    back when they are freed; the pages of a chunk's logits would be cleared anew for every chunk, a tenth of
-    a step. So all memory is to come from the heap, of which up to 1 GB at the end may stay unused."""
+    """For Linux CPUs, before the first tensor: glibc takes large buffers fresh from the kernel, which clears
+    them, for each chunk's logits anew, a tenth of a step. From the heap (up to 1 GB stays unused) not."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -82,9 +77,7 @@ def peak_memory(device):
     """Bytes: the most that the GPU's allocator held, or the process's largest resident size, or NaN."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # absent on Windows
-    except ImportError:
+    if platform.system() == "Windows":
         return float("nan")
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

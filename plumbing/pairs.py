@@ -60,9 +60,9 @@ def parse_json(text):
         raise DataError(f"not JSON ({e})") from None
 
 def read(path, malformed, alone=False):
-    """Yield (where, prompt, chosen, rejected) of each record: "file:line" and its id, text or messages, and
-    responses as lists of segments, (text, scores or None). alone: for SFT; chosen is one segment without
-    scores, rejected is None. What is malformed goes into a list for `listed`: (file, place in it, what)."""
+    """Yield (where, prompt, chosen, rejected) of each record: "file:line" and its id, text or messages, lists
+    of segments (text, scores or None). alone: for SFT; one segment without scores, and rejected is None.
+    What is malformed goes into a list for `listed`: (file, place in it, what)."""
     for place, line in lines_of(path, read_bytes(path)):
         try:
             record = parse_json(line)
@@ -95,8 +95,9 @@ def check_keys(x, place, needed, also=()):
     unknown = [json.dumps(f"{place}{'.' * bool(place)}{key}") for key in x if key not in (*needed, *also)]
     if unknown:
         raise OtherForm(f"a key that is not read: {', '.join(unknown[:5])}" + ", ..." * (len(unknown) > 5))
-    if missing := [key for key in needed if key not in x]:
-        raise OtherForm(f'{place}{": " * bool(place)}no "{missing[0]}"')
+    for key in needed:
+        if key not in x:
+            raise OtherForm(f'{place}{": " * bool(place)}no "{key}"')
 
 def check_text(text, place):
     if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):

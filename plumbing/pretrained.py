@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from plumbing import vocab
 from plumbing.errors import ModelError
-from plumbing.files import write_json
+from plumbing.files import write_atomically, write_json
 
 NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 NAMES["distilgpt2"] = "distilbert/distilgpt2"
@@ -65,11 +65,10 @@ def write(model, folder, eos=None):
     views, is_gpt2 = file_views(model, fingerprint(type(model), model.config))
     prefix = "transformer." if is_gpt2 else ""
     weights = {prefix + name: p.cpu().contiguous() for name, p in views.items()}
-    part = folder / "model.safetensors.part"
-    save_file(weights, part, metadata={"format": "pt"})
     write_config(model, folder, eos)
-    part.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
-    part.replace(folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    write_atomically(path, lambda part: save_file(weights, part, metadata={"format": "pt"}))
+    path.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
 
 def write_config(model, folder, eos=None):
     """config.json and generation_config.json alone."""
@@ -85,9 +84,8 @@ def write_config(model, folder, eos=None):
     write_json(Path(folder, "generation_config.json"), stop | {"pad_token_id": stop["eos_token_id"]})
 
 def carry_over(start, folder):
-    """Take into a saved model's folder what that of its start holds and training did not change: the two
-    configurations, but for the type of the weights and the id of end-of-text, and the tokenizer's files as
-    they are. False where transformers would find no tokenizer there, so that ours is to be saved."""
+    """Take over what training did not change: of the start's two configurations all but the weights' type and
+    the id of end-of-text, and its tokenizer's files. False where transformers finds no tokenizer there."""
     start, folder = folder_of(start), Path(folder)
     changed = ("dtype", "torch_dtype", "n_ctx", "eos_token_id", "pad_token_id")
     for name in ("config.json", "generation_config.json"):
@@ -107,7 +105,7 @@ def read(cls, config_class, name_or_folder, vocab_multiple=1):
     """The model of a folder, or one of NAMES. Weights become float32."""
     folder = folder_of(name_or_folder)
     config, weights = read_config(folder, config_class), read_weights(folder)
-    with torch.device("meta"):  # shapes only: no time on random weights, no memory for absurd sizes
+    with torch.device("meta"):  # shapes only
         model = cls(config, vocab_multiple)
     code = check_code(cls, config, folder)
     views, is_gpt2 = file_views(model, code)
@@ -166,13 +164,6 @@ def read_config(folder, config_class):
             raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (only {allowed[0]!r})")
     return config
 
-def stops_of(folder):
-    """The ids at which other programs end a text of this model."""
-    for name in ("generation_config.json", "config.json"):
-        if Path(folder, name).exists() and (eos := load_config(folder, name).get("eos_token_id")) is not None:
-            return eos if isinstance(eos, list) else [eos]
-    return []
-
 def read_weights(folder, names=None):
     """The tensors of model.safetensors, all or some."""
     try:
@@ -183,10 +174,7 @@ def read_weights(folder, names=None):
                          "shards are not read") from None
 
 def download(name):
-    """Fetch a named model once, from $HF_ENDPOINT into $HF_HOME/termwise or ~/.cache/termwise: the folder.
-
-    A file gets its name only when it reads as what it should be.
-    """
+    """Fetch a named model once, from $HF_ENDPOINT into $HF_HOME/termwise or ~/.cache/termwise: the folder."""
     folder = Path(os.environ.get("HF_HOME") or "~/.cache", "termwise", name).expanduser()
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     for file, check in (("config.json", load_config), ("model.safetensors", read_weights)):

@@ -37,8 +37,7 @@ def only_main(function):
     return guarded
 
 def start(device):
-    """Join the other ranks, and wait for all of them. A dead rank ends the run at once (its connections
-    close, torchrun ends the others), one that hangs after half an hour."""
+    """Join the other ranks. A dead one ends the run at once (torchrun), one that hangs after half an hour."""
     if world() > 1 and not dist.is_initialized():
         gpu = None if device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if gpu:
@@ -78,7 +77,7 @@ def shard_over(model, n):
         model.unshard()
 
 def reshard(model):
-    """After an evaluation: give the whole weights back, so that parameters() are the shards again."""
+    """After an evaluation, so that parameters() are the shards again."""
     if world() > 1:
         model.reshard()
 
@@ -90,11 +89,8 @@ def unshard(model):
             module.unshard()
 
 def share(index, cut):
-    """The pairs of a step -> [(micro-batch, weight)] of this rank, the same number on every rank.
-
-    Each rank takes every world-th pair, longest first; cut(index) gives micro-batches in that order. A short
-    share ends with stand-ins of weight 0, which take part in the communication.
-    """
+    """The pairs of a step -> [(micro-batch, weight)] of this rank, which takes every world-th pair, longest
+    first, in micro-batches by cut(index). Stand-ins of weight 0 make their number that of every rank."""
     order = np.concatenate(cut(index))
     shares = [cut(order[r::world()]) for r in range(world())]
     own = [(micro, 1) for micro in shares[rank()]]
@@ -109,13 +105,10 @@ def gather(terms, n):
     """{name: (pairs,)} of this rank's micro-batches -> of all n pairs, in the order of the step."""
     if world() == 1:
         return terms
-    own = torch.stack([x.double() for x in terms.values()])  # (names, pairs)
-    width = math.ceil(n / world())
+    own, width = torch.stack([x.double() for x in terms.values()]), math.ceil(n / world())  # (names, pairs)
     own = F.pad(own, (0, width))[:, :width]  # stand-ins are beyond this rank's share
-    parts = [torch.empty_like(own) for _ in range(world())]
-    dist.all_gather(parts, own)
-    values = torch.stack(parts, -1).flatten(1)[:, :n]  # back from every world-th
-    return dict(zip(terms, values, strict=True))
+    dist.all_gather(parts := [torch.empty_like(own) for _ in range(world())], own)
+    return dict(zip(terms, torch.stack(parts, -1).flatten(1)[:, :n], strict=True))  # from every world-th
 
 def any_of(number):
     """The largest of the ranks' whole numbers or truth values, on every rank."""

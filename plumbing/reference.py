@@ -41,23 +41,17 @@ class Memory:
     interrupted. float32, or float64 in a float64 run."""
 
     def __init__(self, folder, pairs, dtype):
-        path, kind = folder / "reference-train.npy", np.float64 if dtype == "float64" else np.float32
+        path, kind = folder / "reference-train.bin", np.float64 if dtype == "float64" else np.float32
         counts = pairs.rows["C"] + pairs.rows["R"]
         self.ends = np.cumsum(counts)
         self.starts = self.ends - counts
-        ranks.on_main(self.make, path, kind)
-        self.values = np.load(path, mmap_mode="r+")
+        ranks.on_main(self.make, path, np.full(self.ends[-1], np.nan, kind))
+        self.values = np.memmap(path, kind, "r+")
 
-    def make(self, path, kind):
+    def make(self, path, empty):
         """Write the file, unless an earlier start of this run has."""
-        try:
-            values = np.load(path, mmap_mode="r")
-            if values.dtype == kind and values.shape == (self.ends[-1],):
-                return
-        except (OSError, ValueError, EOFError):
-            pass
-        # written, not mapped: a full disk is an error here and a crash in a map
-        write_atomically(path, lambda part: save(part, np.full(self.ends[-1], np.nan, kind)))
+        if not path.exists() or path.stat().st_size != empty.nbytes:
+            write_atomically(path, empty.tofile)  # not mapped: on a full disk a map crashes
 
     def places(self, numbers):
         return np.concatenate([np.arange(self.starts[i], self.ends[i]) for i in numbers])
@@ -68,7 +62,3 @@ class Memory:
 
     def write(self, numbers, values):
         self.values[self.places(numbers)] = values.numpy()
-
-def save(path, array):
-    with open(path, "wb") as f:
-        np.save(f, array)

@@ -21,24 +21,22 @@ def say(text):
     tqdm.write(text)
 
 def bar(items, name, *sizes, **options):
-    """A progress bar, on a terminal only."""
-    hidden = ranks.rank() or sys.stderr is None
-    return tqdm(items, name, *sizes, **options, disable=True if hidden else None)
+    """A progress bar, on rank 0's terminal only."""
+    return tqdm(items, name, *sizes, **options, disable=True if ranks.rank() or not sys.stderr else None)
 
 # ---- A run's lines ----
 def header(cfg, policy, pairs, val):
     """What is needed to repeat the run, besides its Config: for the first record of log.jsonl."""
     padding = (policy.wte.num_embeddings - policy.config.vocab_size) * policy.config.n_embd
-    device = machine.device_name(cfg.device)
+    several = f"{ranks.world()} ranks, " * (ranks.world() > 1)
     return {"parameters": sum(p.numel() for p in policy.parameters()) - padding,
             "pairs": len(pairs), "held_out": len(val), "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": f"{ranks.world()} ranks, {device}" if ranks.world() > 1 else device}
+            "torch": torch.__version__, "device": several + machine.device_name(cfg.device)}
 
 def headline(cfg, about, first):
-    line = (f"{cfg.loss} in {cfg.out_dir}: {about['parameters']:,} parameters, {about['pairs']} pairs, "
-            f"{cfg.steps} steps of {cfg.batch_size}, {about['device']}, {cfg.dtype}")
-    return line + (f", going on after step {first}" if first else "")
+    return (f"{cfg.loss} in {cfg.out_dir}: {about['parameters']:,} parameters, {about['pairs']} pairs, "
+            f"{cfg.steps} steps of {cfg.batch_size}, {about['device']}, {cfg.dtype}"
+            + f", going on after step {first}" * bool(first))
 
 def sft_first(cfg, folder, finished):
     if cfg.data:
@@ -59,39 +57,25 @@ def check_start(m, cfg):
 
 def line_of(step, m):
     """One log line: the numbers of this step."""
-    line = f"step {step:5d}  loss {m['loss']:.4f}"
-    if "rewards/accuracies" in m:
-        line += f"  acc {m['rewards/accuracies']:.2f}"
-    if "rewards/margins" in m:
-        line += (f"  margin {m['rewards/margins']:+.3f}  "
-                 f"log-ratio chosen {m['logratio/chosen']:+.2f} rejected {m['logratio/rejected']:+.2f}")
-    return line + f"  |grad| {m['grad_norm']:.2f}  {m['pairs_per_s']:.0f} pairs/s"
+    shown = {"loss": "loss {:.4f}", "rewards/accuracies": "acc {:.2f}", "rewards/margins": "margin {:+.3f}",
+             "logratio/chosen": "log-ratio chosen {:+.2f}", "logratio/rejected": "rejected {:+.2f}",
+             "grad_norm": "|grad| {:.2f}", "pairs_per_s": "{:.0f} pairs/s"}
+    return f"step {step:5d}  " + "  ".join(text.format(m[name]) for name, text in shown.items() if name in m)
 
-def remark(step, m, length):
-    """One line on numbers that usually mean a mistake, or "". length: tokens of the mean chosen response."""
-    lost = -m.get("logratio/chosen", 0.0) / length
-    if "rewards/margins" in m and step >= 50 and m["rewards/margins"] == 0:
-        return "the margin is still exactly 0: nothing is learned; is --lr far too small?"
-    if step <= 5 and m.get("rewards/accuracies") == 1:
-        return "accuracy 1.0 this early: does something cheap give the answer away? (tools/doctor.py)"
-    if lost > 0.5:
-        return (f"chosen responses have lost {lost:.1f} nats a token: good answers are unlearned too; a "
-                "smaller --lr or a larger --beta slows it, dpop is made against it")
-    return ""
-
-def held_out_line(m, note):
+def held_out_line(m, length):
+    """length: tokens of the mean chosen response."""
     line = f"  held-out: loss {m['loss']:.4f}, accuracy {m['rewards/accuracies']:.3f}"
-    if "rewards/margins" in m and not note:
-        chosen, rejected = m["logratio/chosen"], m["logratio/rejected"]
-        note = f"log-ratio chosen {chosen:+.2f}, rejected {rejected:+.2f}"
-        note += ": both fall, which is common" if rejected < chosen < 0 else ""
-    return f"{line}; {note}" if note else line
+    if "rewards/margins" not in m:
+        return line
+    chosen, rejected = m["logratio/chosen"], m["logratio/rejected"]
+    line += f"; log-ratio chosen {chosen:+.2f}, rejected {rejected:+.2f}"
+    if -chosen / length > 0.5:
+        return line + (f": chosen responses have lost {-chosen / length:.1f} nats a token; a smaller --lr or "
+                       "a larger --beta slows it, dpop is made against it")
+    return line + ": both fall, which is common" * (rejected < chosen < 0)
 
-def unhealthy_step(step, terms, norm, places):
-    """Why a run stopped before an update that would have destroyed it; names the pairs."""
-    more = f" and {len(places) - 8} more" if len(places) > 8 else ""
-    return (f"step {step}: mean loss {terms['loss'].mean().item():g}, gradient norm {norm.item():g}; stopped "
-            f"before the update. Pairs: {', '.join(places[:8])}{more}")
+def some(items, n):
+    return ", ".join(items[:n]) + f" and {len(items) - n} more" * (len(items) > n)
 
 def stopped(number, step, cfg):
     say(f"{number.name}: stopped after step {step} and saved; go on with\n"
@@ -113,10 +97,9 @@ TABLE = {  # metric -> its name in the final table
 def table(n, before, after):
     """The metrics over n held-out pairs, before and after."""
     say(f"\n{f'{n} held-out pairs':36}{'before':>10}{'after':>10}")
-    for metric, name in TABLE.items():
-        if metric in after:
-            name = name if "rewards/accuracies" in after else "loss per token, nats"
-            say(f"{name:36}{before[metric]:10.4f}{after[metric]:10.4f}")
+    for metric in [metric for metric in TABLE if metric in after]:
+        name = TABLE[metric] if "rewards/accuracies" in after else "loss per token, nats"
+        say(f"{name:36}{before[metric]:10.4f}{after[metric]:10.4f}")
     say("")
 
 @ranks.only_main
@@ -133,15 +116,13 @@ def answers(cfg, tokenizer, val, policy, reference):
 def answers_and_next(cfg, tokenizer, val, policy, reference):
     """The answers, and what to type next."""
     answers(cfg, tokenizer, val, policy, reference)
-    folder = shlex.quote(cfg.out_dir)
+    folder, files = shlex.quote(cfg.out_dir), {"--data": cfg.data, "--val_data": cfg.val_data}
     say(f"saved in {folder}: model.safetensors, config.json, tokenizer, run.json, log.jsonl, checkpoints")
     if reference:
         say(f"next: python sample.py {folder} --heat --prompt {shlex.quote(tokenizer.decode(val[0].prompt))}")
-        say(f"      python tools/plot.py {folder}")
-    else:
-        files = [f"--{name} {shlex.join(map(str, getattr(cfg, name)))}" for name in ("data", "val_data")
-                 if getattr(cfg, name)]
-        say(" ".join([f"next: python train.py --loss dpo --init {folder}", *files]))
+        return say(f"      python tools/plot.py {folder}")
+    words = [f" {flag} {shlex.join(map(str, paths))}" for flag, paths in files.items() if paths]
+    say(f"next: python train.py --loss dpo --init {folder}" + "".join(words))
 
 def answer(model, tokenizer, prompt, seed):
     """A sampled answer, temperature 0.7: the same for the same seed."""

@@ -1,5 +1,4 @@
-"""Vocabulary files -> {token bytes: id}: tiktoken's format, GPT-2's two files, tokenizer.json; and back, into
-tokenizer.json, which gives transformers the ids of any tiktoken vocabulary."""
+"""Vocabulary files -> {token bytes: id}: tiktoken's format, GPT-2's two files, tokenizer.json; and back."""
 
 import base64
 import binascii
@@ -36,8 +35,7 @@ def read(name_or_path):
     return {bpe.decode_single_token_bytes(i): i for i in range(bpe.eot_token)}, bpe.eot_token
 
 def write(folder, ranks, eot):
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja. transformers truncates texts to
-    the positions that the folder's config.json names."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: transformers has these ids too."""
     folder, show = Path(folder), {b: c for c, b in byte_characters().items()}
     ids = {"".join(show[b] for b in token): rank for rank, token in sorted((i, t) for t, i in ranks.items())}
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -79,8 +77,7 @@ def read_tiktoken(path):
     return ranks, len(ranks)
 
 def read_folder(folder):
-    """The vocabulary of a folder. Every file that transformers would read is read: what makes other ids than
-    GPT-2's is refused."""
+    """The vocabulary of a folder, from every file that transformers would read; other ids are refused."""
     found = {}
     for vocab_file, merges_file in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocab_file).exists() and (folder / merges_file).exists():
@@ -148,8 +145,8 @@ def check_config(path, has_tokenizer_json):
         raise DataError(f"{path}: {', '.join(wrong)}: not GPT-2's; transformers would give other ids")
 
 def check_merges(path, vocab, merges):
-    """tiktoken merges in the order of ids: refuse a vocabulary whose merges come in another order. A token
-    that no merge makes is a special token, which no text becomes; only end-of-text is kept of those."""
+    """tiktoken merges in the order of ids: other orders are refused. A token that no merge makes is special,
+    no text becomes it; only end-of-text is kept of those."""
     byte_of = byte_characters()
     try:
         made = [left + right for left, right in merges]
@@ -171,4 +168,4 @@ def byte_characters():
 def is_in(folder):
     """True if a model's folder holds a tokenizer too."""
     files = ("vocab.json", "encoder.json", "tokenizer.json", "tokenizer.tiktoken")
-    return any((Path(folder) / f).exists() for f in files)
+    return any(Path(folder, file).exists() for file in files)

@@ -47,7 +47,7 @@ FLAGS = [
     ("--loss 2d-dpo --aspect_weights a b", "--aspect_weights: could not convert"),
     ("--loss 2d-dpo --aspect_weights 1.5 -0.5", "--aspect_weights 1.5 -0.5: must be >= 0 and"),
     ("--loss 2d-dpo --aspect_weights 1", "--aspect_weights: 1 weights for 2 aspects"),
-    ("--loss 2d-dpo --val_data aspect.jsonl", "weights for 2 aspects (1 in the held-out pai"),
+    ("--loss 2d-dpo --val_data aspect.jsonl", "weights for 2 aspects (1 held out)"),
     ("--loss 2d-dpo --data plain.jsonl", "--loss 2d-dpo: needs scores in every segment"),
     ("--data missing.jsonl", "--data missing.jsonl: no such file"),
     ("--val_data missing.jsonl", "--val_data missing.jsonl: no such file"),

@@ -146,12 +146,12 @@ def test_sft_says_what_to_type_next_and_that_works_and_progress_is_shown_on_a_te
     assert read_log("out/dpo")[0]["config"]["init"] == str(Path("out/mine").resolve())
     assert "dpo: 100%" in capsys.readouterr().err
 
-@pytest.mark.parametrize("step, chosen, margin, accuracy, words", [
-    (9, -2.1, 1, .8, ""), (9, -4.9, 1, .8, ""), (9, -5.1, 1, .8, "chosen responses have lost 0.5 nats a to"),
-    (9, 3, 1, .8, ""), (50, 0, 0, .5, "the margin is still exactly 0"), (49, 0, 0, .5, ""),
-    (5, 1, 1, 1, "accuracy 1.0 this early"), (6, 1, 1, 1, "")])
-def test_an_evaluation_says_what_usually_means_a_mistake(step, chosen, margin, accuracy, words):
+@pytest.mark.parametrize("chosen, rejected, words", [
+    (-2.1, -3, "both fall, which is common"), (-4.9, -3, ""), (3, -1, ""),
+    (-5.1, -9, "chosen responses have lost 0.5 nats a token")])
+def test_an_evaluation_says_what_its_numbers_mean(chosen, rejected, words):
     """Of responses of 10 tokens: what the chosen one lost is per token."""
-    m = {"logratio/chosen": chosen, "rewards/margins": margin, "rewards/accuracies": accuracy}
-    note = report.remark(step, m, 10)
-    assert note.startswith(words) and bool(note) == bool(words)
+    m = {"loss": .6, "rewards/accuracies": .8, "rewards/margins": 1, "logratio/chosen": chosen,
+         "logratio/rejected": rejected}
+    said = report.held_out_line(m, 10).partition(f"rejected {rejected:+.2f}")[2]
+    assert said.startswith(f": {words}") if words else not said

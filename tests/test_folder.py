@@ -101,7 +101,7 @@ def numbers(place):
 
 def same_result(one, other, step=6):
     """Weights, moments, remembered and logged numbers are equal to the byte."""
-    for name in ("model.safetensors", f"checkpoints/step-{step:07}.safetensors", "reference-train.npy"):
+    for name in ("model.safetensors", f"checkpoints/step-{step:07}.safetensors", "reference-train.bin"):
         a, b = Path(one, name), Path(other, name)
         assert a.exists() == b.exists() == (name[0] != "r" or a.exists()), name
         if name[0] == "c":  # the metadata in its header has no order
@@ -363,7 +363,7 @@ def test_overwrite_replaces_all_that_the_old_run_wrote_and_nothing_else(template
 
 @pytest.mark.parametrize("name, number", [
     ("run.json", errno.ENOSPC), ("log.jsonl", errno.EROFS), ("step-0000003.safetensors", errno.ENOSPC),
-    pytest.param("reference-train.npy", errno.ENOSPC, marks=SLOW)])
+    pytest.param("reference-train.bin", errno.ENOSPC, marks=SLOW)])
 def test_a_write_that_fails_is_one_line_with_status_1_and_what_was_saved_leads_to_the_right_end(
         name, number, templates, here, monkeypatch):
     real = os.replace
@@ -431,5 +431,5 @@ def test_the_reference_runs_once_for_each_pair_and_never_again(dtype, here):
     file.values[file.places([2])[1:]] = np.nan
     found = ask(5, 2)
     assert (found[0] == -1.5).all() and torch.equal(found[1], first[1]) and ran[2:] == [[5, 2]]
-    os.truncate("reference-train.npy", 200)  # damaged, it is made anew
+    os.truncate("reference-train.bin", 200)  # damaged, it is made anew
     assert np.isnan(Memory(here, pairs, dtype).values).all()

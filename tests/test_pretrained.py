@@ -19,6 +19,7 @@ from test_model import SMALL, close, random_tokens, refused, small
 from data import Tokenizer
 from model import GPT, GPTConfig
 from plumbing import pretrained
+from plumbing.errors import RunError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
 GPT2_FILES = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt2-bpe"
@@ -213,7 +214,7 @@ def test_a_save_that_breaks_off_leaves_the_model_that_was_there(folder, monkeypa
         raise OSError("disk full")
 
     monkeypatch.setattr(pretrained, "save_file", breaks_off)
-    with pytest.raises(OSError):
+    with pytest.raises(RunError, match="disk full"):
         small().save_pretrained(folder)
     assert is_fixture(GPT.from_pretrained(folder))
 

@@ -107,9 +107,9 @@ def same_run(one, some):
     assert files[0] == files[1] and not any(name.endswith(".part") for name in files[0])
     for file in ("model.safetensors", *(f"checkpoints/step-000000{n}.safetensors" for n in (2, 3))):
         assert not (one / file).exists() or difference(one / file, some / file) < TOLERANCE
-    if (memory := one / "reference-train.npy").exists():  # and NaN where NaN is
-        found = np.load(some / memory.name)
-        np.testing.assert_allclose(found, np.load(memory), rtol=0, atol=TOLERANCE)
+    if (memory := one / "reference-train.bin").exists():  # and NaN where NaN is
+        found = np.fromfile(some / memory.name)
+        np.testing.assert_allclose(found, np.fromfile(memory), rtol=0, atol=TOLERANCE)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "tdpo2"])

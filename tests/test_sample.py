@@ -208,7 +208,7 @@ def test_rows_beyond_the_tokenizer_train_resume_and_are_kept_but_never_sampled(p
 def test_a_model_with_fewer_rows_than_its_tokenizer_or_others_than_the_policys_is_refused(padded, capsys):
     flags = f"--data {padded.parent / 'd.jsonl'} --out_dir {padded.parent / 'out'} --device cpu"
     for rows, argv, says in ((256, "--init", "has 256 token ids, the tokenizer 257"),
-                             (400, f"--init {padded} --ref", "has 400 rows of token ids, the policy")):
+                             (400, f"--init {padded} --ref", "has 400 rows, the policy")):
         GPT(GPTConfig(rows, 32, 1, 2, 16)).save_pretrained(padded.parent / "other")
         data.Tokenizer("bytes").save(padded.parent / "other")
         with pytest.raises(SystemExit):

@@ -424,7 +424,7 @@ def test_a_new_loss_trains_logs_and_has_its_flags_by_its_function_and_its_line_a
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert head["config"]["gamma"] == head["identity"]["gamma"] == 0.25
     assert (head["identity"]["ref"] is not None) == ("logratio/chosen" in lines[0]) == (loss != simpo_loss)
-    assert (folder / "reference-train.npy").exists() == (loss == ipo_loss)
+    assert (folder / "reference-train.bin").exists() == (loss == ipo_loss)
     assert (KL <= lines[0].keys()) == ("segments/paired" in lines[0]) == (loss == kl_loss)
     _, _, _, other, _ = run(tmp_path, "new", **common, gamma=0.75)
     assert other[-1]["loss"] != lines[-1]["loss"]
