@@ -118,8 +118,8 @@ def loaded(kind, name, **kwargs):
     """From a folder, or from huggingface.co by name."""
     if Path(name, "run.json").exists() and read_run(name)["finished"] is None:
         raise ConfigError(f"{name}: this run is not finished; go on with it: --resume --out_dir {name}")
-    where = "this folder" if Path(name).exists() else "huggingface.co, for there is no such folder here,"
-    with refusing(f"{name}: transformers cannot open it from {where}"):
+    no_folder = "no such folder here, and huggingface.co does not give it"
+    with refusing(f"{name}: {'transformers cannot open it' if Path(name).exists() else no_folder}"):
         return kind.from_pretrained(name, **kwargs)
 
 def model_of(name, dtype="auto"):
@@ -215,9 +215,8 @@ def plain_logps(model, rows):
                       for row, at in rows])
 
 def check_numbers(policy, parts, cfg, name):
-    """Set policy.at and policy.shared by numbers: the log-probabilities of telling pairs, long and short
-    ones in one micro-batch, must be the model's own in plain rows. parts: all Pairs of the run. Returns what
-    to print; raises ConfigError where no way is right."""
+    """Set policy.at and policy.shared by numbers: telling pairs of parts (Pairs), long and short ones in one
+    micro-batch, have the log-probabilities of plain rows. Returns what to print; ConfigError if not."""
     before = [x.detach().double().sum() for x in tensors_of(policy).values()]
     cfg, tolerance = (cfg, 1e-5) if cfg.dtype == "float64" else (replace(cfg, dtype="float32"), 1e-3)  # nats
     bounds = {int(x) for x in LIMIT.findall(policy.model.config.to_json_string(use_diff=False))}

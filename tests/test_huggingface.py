@@ -221,7 +221,7 @@ def test_a_start_that_could_not_be_saved_or_read_is_refused_before_training(fold
     save_file({key: x for key, x in whole.items() if key not in (lost, lost[12:])}, tensors, {"format": "pt"})
     assert f"lacks 1 tensors of its model, {lost}" in refused(capsys, *common)
     config.write_text(config.read_text().replace('"n_layer": 2', '"n_layer": 2.5'))
-    assert "cannot open it from this folder (StrictDataclass" in refused(capsys, *common)
+    assert "cannot open it (StrictDataclass" in refused(capsys, *common)
     sizes = architectures.small(transformers.MllamaConfig, False)  # its part for text is not opened by itself
     model = transformers.MllamaForConditionalGeneration(transformers.MllamaConfig(**sizes))
     model.save_pretrained(tmp_path / "images")
@@ -418,7 +418,7 @@ def test_two_ranks_have_the_numbers_of_one_process(start, eight, tmp_path, monke
 
 @pytest.mark.parametrize("argv, says", [
     ([], "must name a model"),
-    (["--init", "no/such/folder/here"], "no/such/folder/here"),
+    (["--init", "no/such/folder/here"], "no/such/folder/here: no such folder here, and huggingface.co"),
     (["--init", "FOLDER", "--n_layer", "3"], "--n_layer: would not be read"),
     (["--init", "FOLDER", "--lora", "-1"], "--lora -1: must be at least 0"),
     (["--init", "FOLDER", "--lora", "two"], "invalid int value: 'two'"),
