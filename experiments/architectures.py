@@ -114,7 +114,7 @@ def compare(model, other, losses=("dpo", "tdpo2")):
     """A model, its reference -> (rows a pair, largest relative difference of losses, of gradients)."""
     policy, reference, pairs, off = Policy(model), Policy(other.requires_grad_(False)), random_pairs(), [0, 0]
     check_numbers(policy, [pairs], config("dpo"), "")
-    reference.follow(policy)
+    reference.at, reference.shared = policy.at, policy.shared
     for loss in losses:
         cfg, size = config(loss), 1 if loss == "tdpo2" else len(pairs)
         ref = Reference(reference, *(partial(function, reference, cfg=cfg) for function in
@@ -144,7 +144,7 @@ def main(names):
                 cells, why = [f"{x:.0e}" if type(x) is float else x for x in compare(*models)], ""
         except Exception as e:
             why = f"{e}"[2:] if isinstance(e, ConfigError) else f"{why}: {type(e).__name__}: {e}"
-        print(f"| {name} | {' | '.join(cells)} | {' '.join(why.split()):.150} |", flush=True)
+        print(f"| {name} | {' | '.join(cells)} | {' '.join(why.split()):.240} |", flush=True)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -1,21 +1,26 @@
 """What ports/huggingface.py needs before it trains: tokenizer, flags, and a check of the model by numbers."""
 
-import argparse
 import re
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import data
 import train
 from losses import LOSSES, terms_of, token_logps
 from plumbing import flags, machine, ranks, vocab
+from plumbing import pairs as files
 from plumbing.errors import ConfigError, DataError
 from plumbing.folder import read_run
+
+class RefusedText(DataError):
+    """A text that the tokenizer does not take. load_data says where it stands."""
 
 class Tokenizer(data.Tokenizer):
     """A tokenizer of transformers. Messages are rendered by its chat template, or as by the core where it has
@@ -25,7 +30,7 @@ class Tokenizer(data.Tokenizer):
         """own: of AutoTokenizer. segmented: for a loss that finds the segments of responses by bytes."""
         self.own, self.segmented, self.vocab_size, self.rendered = own, segmented, len(own), 0
         if not own.encode("a", add_special_tokens=False):  # transformers makes an empty one without a word
-            raise ConfigError("--init: holds no tokenizer that transformers can read")
+            raise ConfigError(f"--init {own.name_or_path}: holds no tokenizer that transformers can read")
         self.save, self.decode = own.save_pretrained, lambda ids: own.decode([int(i) for i in ids])
         self.encode_batch = lambda texts: [self.encode(text) for text in texts]
         self.hash = sha256(repr((sorted(own.get_vocab().items()), own.chat_template)).encode()).hexdigest()
@@ -56,16 +61,16 @@ class Tokenizer(data.Tokenizer):
     def checked(self, text):
         """A text without special tokens. One that holds some was rendered already, or would end its turn."""
         if found := self.special.search(text):
-            raise DataError(f"{text[:40]!r}: holds {found[0]!r}, a special token, which is added where it "
-                            "belongs; give the messages before they were rendered, or the text without it")
+            raise RefusedText(f"a text holds {found[0]!r}, a special token, which is added where it belongs; "
+                              "give the messages before they were rendered, or the text without it")
         return text
 
     def encode(self, text):
         """Text -> ids, never a special token."""
         ids = self.own.encode(self.checked(text), add_special_tokens=False, split_special_tokens=True)
         if self.segmented and b"".join(map(self.token_bytes.get, ids)) != text.encode():
-            raise DataError(f"{text[:40]!r}: the tokenizer changes this text, and segments are found by "
-                            "their bytes; choose a loss without segments")
+            raise RefusedText("the tokenizer changes a text, and segments are found by its bytes; choose a "
+                              "loss without segments")
         return ids
 
     def encode_prompts(self, prompts):
@@ -83,64 +88,88 @@ class Tokenizer(data.Tokenizer):
         try:
             return self.own.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as e:  # a template raises what it likes
-            raise DataError(f"{messages[-1]['content'][:40]!r}: the model's chat template refuses this "
-                            f"conversation ({e}); change the record") from None
+            raise RefusedText(f"the model's chat template refuses this conversation ({e})") from None
+
+def load_data(cfg, tokenizer):
+    """As flags.load_data; what the tokenizer refuses is looked for again, and named by file and line."""
+    try:
+        return flags.load_data(cfg, tokenizer)
+    except RefusedText as error:
+        refused, alone = [], not flags.is_pairwise(LOSSES[cfg.loss])
+        for record in (x for path in cfg.data + cfg.val_data for x in files.read(path, refused, alone)):
+            try:
+                data.encode_pairs(tokenizer, [record], cfg.block_size)
+            except RefusedText as e:
+                refused.append(("", record[0], str(e)))
+        raise DataError("\n".join(files.listed(refused)) or str(error)) from None
 
 def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
+
+@contextmanager
+def refusing(what):
+    """What transformers raises inside, which is what it likes, becomes a line that begins with this."""
+    try:
+        yield
+    except Exception as e:
+        raise ConfigError(f"{what} ({one_line(e)})") from None
 
 def loaded(kind, name, **kwargs):
     """From a folder, or from huggingface.co by name."""
     if Path(name, "run.json").exists() and read_run(name)["finished"] is None:
         raise ConfigError(f"{name}: this run is not finished; go on with it: --resume --out_dir {name}")
-    try:
+    no_folder = "no such folder here, and huggingface.co does not give it"
+    with refusing(f"{name}: {'transformers cannot open it' if Path(name).exists() else no_folder}"):
         return kind.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"{name}: {one_line(e)}") from None
+
+def model_of(name, dtype="auto"):
+    """The model of a folder or a name, without dropout. "auto": each tensor in its own dtype."""
+    model, found = loaded(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise ConfigError(f"{name}: lacks {len(missing)} tensors of its model, {missing[0]} for one")
+    return model.eval()
+
+def check_saving(model, name):
+    """Refuse a start whose result transformers would not save, or not open: now, not after the last step."""
+    what = "transformers would not save or open the result's config.json and generation_config.json"
+    with refusing(f"{name}: {what}"), TemporaryDirectory() as aside, torch.device("meta"):
+        model.config.save_pretrained(aside)
+        model.generation_config.validate(strict=True)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(aside))
 
 def positions_of(config):
     """The most tokens that a model takes, where its config says."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else 2**31
 
+@dataclass(frozen=True)
+class Config(train.Config):
+    """The flags of train.py, where --lr is 1e-6 by default, with --lora 1e-5, and two more."""
+    lora: int = train.knob(0, "rank of adapters on all linear layers, by peft; 0 = train all weights", 0)
+    ask: str | None = train.knob(None, "print an answer of --init to this text, and end")
+
 def resolve(argv):
-    """argv -> (Config, rank of the adapters or 0, Tokenizer, the text of --ask or None)."""
-    parser = argparse.ArgumentParser(
-        usage="python ports/huggingface.py --init FOLDER_OR_NAME [--FLAG VALUE ...]", add_help=False,
-        allow_abbrev=False, epilog="The others are train.py's, below; --lr is 1e-6, with --lora 1e-5.")
-    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, with peft")
-    parser.add_argument("--ask", metavar="TEXT", help="print an answer of --init and end")
-    own, rest = parser.parse_known_args(argv)
-    if {"-h", "--help"} & {*rest}:
-        parser.print_help()
-    typed = flags.parse(train.Config, rest)
-    if typed.get("resume") and "out_dir" in typed:
-        own.lora = own.lora or read_run(typed["out_dir"])["identity"].get("lora")
-    else:
-        typed = {"lr": 1e-5 if own.lora else 1e-6} | typed
-    cfg = flags.configure(train.Config, typed)
+    """argv -> (Config, Tokenizer)."""
+    typed = flags.parse(Config, argv)
+    if "init" in typed and not typed.get("resume"):
+        most = positions_of(loaded(AutoConfig, typed["init"]))
+        typed = {"lr": 1e-5 if typed.get("lora") else 1e-6, "block_size": min(2048, most)} | typed
+    cfg = flags.configure(Config, typed)
     flags.check(cfg, typed)
-    if cfg.init is None or (own.lora or 0) < 0 or cfg.compile_head:
-        raise ConfigError("--init must name a model, --lora be at least 0; no --compile_head")
-    sizes = "tokenizer", "n_layer", "n_head", "n_embd"
-    flags.refuse_unread(typed, dict.fromkeys(sizes, "the model has its own"))
-    block_size = cfg.block_size if "block_size" in typed or cfg.resume else min(
-        2048, positions_of(loaded(AutoConfig, cfg.init)))
-    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False, block_size=block_size,
-                  out_dir=cfg.out_dir if own.ask else flags.place_of_run(cfg))
+    if cfg.init is None:
+        raise ConfigError("--init: must name a model, by its folder or as on huggingface.co")
+    own = dict.fromkeys(("tokenizer", "n_layer", "n_head", "n_embd", "compile_head"), "the model has its own")
+    flags.refuse_unread({name for name, x in typed.items() if x}, own)  # --no-compile_head may be typed
+    cfg = replace(cfg, device=cfg.device or machine.best_device(), compile_head=False,
+                  out_dir=cfg.out_dir if cfg.ask is not None else flags.place_of_run(cfg))
     ranks.start(cfg.device)
     tokenizer = Tokenizer(loaded(AutoTokenizer, cfg.init), "chosen_rewards" in terms_of(LOSSES[cfg.loss]))
-    return flags.for_machine(cfg, tokenizer.vocab_size), own.lora or 0, tokenizer, own.ask
+    return flags.for_machine(cfg, tokenizer.vocab_size), tokenizer
 
 # ---- Numbers decide: which trunk, which rows ----
 
-LIMIT = re.compile(r"window|chunk|top_?k|position|local|length|span|block|ctx|budget|extent")
-
-def limits(config):
-    """The numbers in a config, at any depth, beyond which a model may compute something else."""
-    items = list(config.items() if isinstance(config, dict) else enumerate(config))
-    found = {x for key, x in items if type(x) is int and LIMIT.search(str(key))}
-    return found.union(*(limits(x) for _, x in items if isinstance(x, dict | list)))
+# The numbers in a config.json beyond which a model may compute something else.
+LIMIT = re.compile(r'(?:window|chunk|top_?k|position|local|length|span|block|ctx|budget|extent)\w*": (\d+)')
 
 def telling(pairs, limits):
     """The numbers of some pairs: the longest and the shortest by every length, and for each limit the
@@ -159,52 +188,38 @@ def tensors_of(model):
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: x for name, x in every if name not in unsaved}
 
-def parts_of(module):
-    """Parts of a model that may give the hidden states its head takes, most likely first."""
-    decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
-    found = decoder, *(getattr(module, name, None) for name in ("base_model", "model"))
-    return [x for x in found if isinstance(x, torch.nn.Module) and x is not module]
-
 @torch.no_grad()
 def choose_trunk(policy, row, tolerance, name):
-    """Find the trunk whose output, given to the model's own head, is what the model says of a row of ids."""
-    other, why = row.clone(), "it has none"
-    other[-1] = (row[-1] + 1) % policy.config.vocab_size
-    try:
-        own, changed = (policy.model(input_ids=x[None]).logits[0, :-1] for x in (row, other))
-    except Exception as e:  # a model that needs more than tokens raises what it likes
-        raise ConfigError(f"{name}: does not run on a row of tokens ({one_line(e)})") from None
+    """Set policy.at: the trunk's output, given to the model's own head, is what the model says of a row."""
+    other, why = torch.cat([row[:-1], (row[-1:] + 1) % policy.config.vocab_size]), "it has none"
+    with refusing(f"{name}: does not run on a row of tokens"):
+        own, changed = (policy.model(input_ids=x[None], use_cache=False).logits[0, :-1] for x in (row, other))
     if (own - changed).abs().max() > tolerance:
         raise ConfigError(f"{name}: is not a causal model: a later token changes what it says of an earlier "
                           "one (is_decoder in its config.json?)")
-    first = parts_of(policy.model)
-    for trunk in dict.fromkeys(first + [y for x in first for y in parts_of(x)]):
+    parts = [name for name, x in policy.model.named_modules() if name and isinstance(x, PreTrainedModel)]
+    for policy.at in reversed(parts):  # the innermost first
         try:
-            policy.trunks = [trunk]
             off = (policy.logits(policy(row[None])[0, :-1]) - own).abs().max().item()
             if off <= tolerance:
                 return
             why = f"off by {off:.1e}"
         except Exception as e:
             why = one_line(e)
-    raise ConfigError(f"{name}: no part of it gives the hidden states that its head takes ({why})")
+    raise ConfigError(f"{name}: no part of it gives, as last_hidden_state, what its head takes ({why})")
 
 @torch.no_grad()
 def plain_logps(model, rows):
     """[(ids, where the response begins)] -> the model's own log-probabilities, (N,), from one row each."""
-    return torch.cat([token_logps(model(input_ids=row[None]).logits[0, at - 1:-1], row[at:])
+    return torch.cat([token_logps(model(input_ids=row[None], use_cache=False).logits[0, at - 1:-1], row[at:])
                       for row, at in rows])
 
 def check_numbers(policy, parts, cfg, name):
-    """Set policy.trunks and policy.shared by numbers: the log-probabilities of telling pairs, long and short
-    ones in one micro-batch, must be the model's own in plain rows. parts: all Pairs of the run. Returns what
-    to print; raises ConfigError where no way is right."""
-    def sums():
-        return [x.detach().double().sum().item() for x in tensors_of(policy).values()]
-
-    before = sums()
-    dtype, tolerance = ("float64", 1e-5) if cfg.dtype == "float64" else ("float32", 1e-3)  # nats
-    cfg, bounds = replace(cfg, dtype=dtype), limits(policy.model.config.to_dict())
+    """Set policy.at and policy.shared by numbers: telling pairs of parts (Pairs), long and short ones in one
+    micro-batch, have the log-probabilities of plain rows. Returns what to print; ConfigError if not."""
+    before = [x.detach().double().sum() for x in tensors_of(policy).values()]
+    cfg, tolerance = (cfg, 1e-5) if cfg.dtype == "float64" else (replace(cfg, dtype="float32"), 1e-3)  # nats
+    bounds = {int(x) for x in LIMIT.findall(policy.model.config.to_json_string(use_diff=False))}
     pairs = sorted((part[i] for part in parts for i in telling(part, bounds)), key=len)
     pairs = [p for two in zip(pairs, pairs[::-1], strict=True) for p in two][:len(pairs)]  # short, long, ...
     rows = [(torch.from_numpy(np.concatenate([p.prompt, y])).long().to(cfg.device), len(p.prompt))
@@ -223,11 +238,9 @@ def check_numbers(policy, parts, cfg, name):
     else:
         raise ConfigError(f"{name}: log-probabilities are off by {off:.1e} nats, with two rows a pair too; "
                           "where long texts are the reason, a smaller --block_size avoids it")
-    try:
+    with refusing(f"{name}: cannot be trained"):
         train.hidden_states(policy, micros[0], cfg).sum().backward()
-    except Exception as e:
-        raise ConfigError(f"{name}: cannot be trained ({one_line(e)})") from None
     policy.zero_grad(set_to_none=True)
-    if sums() != before:
+    if any(x.detach().double().sum() != y for x, y in zip(tensors_of(policy).values(), before, strict=True)):
         raise ConfigError(f"{name}: changes its weights when it runs, so they would be saved wrong")
     return "one row a pair, the prompt shared" if policy.shared else f"two rows a pair: {why}"
