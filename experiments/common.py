@@ -322,7 +322,7 @@ def verdicts(rows):
         f"{level:.2g}, and {sum(p < level for _, p in ps)} survive:** {few}.\n")
 
 def made_line(made):
-    return (f"Claims 1 to 5 ran by `{made['command']}` at commit {made['commit']} on {made['hardware']}, "
+    return (f"The claims ran by `{made['command']}` at commit {made['commit']} on {made['hardware']}, "
             f"Python {made['python']}, torch {made['torch']}, {made['date']}: setting {made['setting']}, "
             f"seeds: {made['seeds']}, {made['runs']} runs, {made['cpu_s'] / 60:.1f} CPU minutes.\n")
 

@@ -65,9 +65,9 @@ def write(model, folder, eos=None):
     views, is_gpt2 = file_views(model, fingerprint(type(model), model.config))
     prefix = "transformer." if is_gpt2 else ""
     weights = {prefix + name: p.cpu().contiguous() for name, p in views.items()}
-    write_config(model, folder, eos)
     path = folder / "model.safetensors"
     write_atomically(path, lambda part: save_file(weights, part, metadata={"format": "pt"}))
+    write_config(model, folder, eos)
     path.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
 
 def write_config(model, folder, eos=None):
