@@ -32,7 +32,7 @@ def parse(Config, argv):
         "train.py", usage="python train.py [--FLAG VALUE ...]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a policy on preference pairs. Without flags: the toy reviews, SFT, then DPO.")
-    parser.error = lambda message: report.fail("train.py", message)
+    parser.error = lambda message: report.fail(Path(report.PROGRAM).name, message)
     fields = {name: field for name, field in Config.__dataclass_fields__.items() if name != "settings"}
     for name, field in fields.items():
         text = field.metadata["help"].replace("%", "%%")
@@ -149,9 +149,9 @@ def resolve(Config, argv):
     cfg = configure(Config, typed)
     check(cfg, typed)
     cfg = replace(cfg, out_dir=place_of_run(cfg), device=cfg.device or machine.best_device())
-    for flag, file in [(flag, file) for flag in ("data", "val_data") for file in getattr(cfg, flag)]:
-        if not os.path.exists(file):
-            raise ConfigError(f"--{flag} {file}: no such file")
+    for flag in ("data", "val_data"):
+        if missing := [file for file in getattr(cfg, flag) if not os.path.exists(file)]:
+            raise ConfigError(f"--{flag} {missing[0]}: no such file")
     ranks.start(cfg.device)  # all have seen the folders before one writes
     sizes = {flag: read_sizes(flag, getattr(cfg, flag)) for flag in ("init", "ref") if getattr(cfg, flag)}
     tokenizer = load_tokenizer(cfg)  # looked for when the models' sizes have been read

@@ -139,8 +139,9 @@ def load_config(folder, name="config.json"):
     try:
         return dict(json.loads(path.read_bytes()).items())
     except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise ModelError(f"{path}: not the configuration of a GPT-2 ({getattr(e, 'strerror', None) or e}); a "
-                         f"model is a folder with config.json, or a name: {', '.join(NAMES)}") from None
+        why = getattr(e, "strerror", None) or f"not the configuration of a GPT-2 ({e})"
+        raise ModelError(f"{path}: {why}; a model is a folder with config.json, or a name: "
+                         f"{', '.join(NAMES)}") from None
 
 def read_config(folder, config_class):
     """config.json -> GPTConfig. Weights cut short and what would change GPT-2's computation are refused."""
