@@ -77,7 +77,8 @@ def peak_memory(device):
     """Bytes: the most that the GPU's allocator held, or the process's largest resident size, or NaN."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if platform.system() == "Windows":
+    try:
+        import resource  # absent on Windows
+    except ImportError:
         return float("nan")
-    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
