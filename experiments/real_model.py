@@ -210,6 +210,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     path, page = HERE / "results/real_model.json", HERE / "real_model.md"
     torch.set_num_threads(1)
+    if wrong := [word for word in args.files if word.partition("=")[0] not in LOSSES_OF or "=" not in word]:
+        parser.error(f"{wrong[0]}: needed is NAME=FILE, a name of {', '.join(LOSSES_OF)}")
     if files := dict(word.split("=", 1) for word in args.files):
         summary = run(model_folder(args.model), files, Setting(), args.store)
         if files.keys() != LOSSES_OF.keys():

@@ -225,7 +225,7 @@ def load_tokenizer(cfg):
     try:
         return data.Tokenizer(cfg.tokenizer or own)
     except DataError as e:
-        raise ConfigError(f"--tokenizer: {e}") from None
+        raise ConfigError(f"--tokenizer: {e}" if cfg.tokenizer else str(e)) from None
 
 def load_data(cfg, tokenizer):
     """(training pairs, held-out pairs), and what was read is printed."""

@@ -59,3 +59,9 @@ def test_the_page_has_the_numbers_of_the_committed_runs():
         json.dumps(asdict(real_model.Setting()))).items())
     page = (ROOT / "experiments" / "real_model.md").read_text(encoding="utf-8")
     assert common.with_tables(page, results) == page
+
+def test_a_word_that_names_no_file_is_one_line(capsys):
+    for word in ("math", "maths=pairs.jsonl"):
+        with pytest.raises(SystemExit) as status:
+            real_model.main([word])
+        assert status.value.code == 2 and f"error: {word}: needed is NAME=FILE" in capsys.readouterr().err
