@@ -32,7 +32,7 @@ COLOURS = {"dpo": "#1f77b4", "dpop": "#d62728", "tdpo1": "#9467bd", "tdpo2": "#2
            "2d-dpo-vanilla": "#bcbd22", "unselected": "#8c564b", "badness": "#17becf", "sft": "#7f7f7f",
            "weighted-sft": "#e377c2", "unweighted": "#8c564b"}
 LABELS = {"dpo": "DPO", "dpop": "DPOP", "tdpo1": "TDPO1", "tdpo2": "TDPO2", "2d-dpo": "2D-DPO",
-          "sft": "SFT on chosen", "weighted-sft": "reward-weighted SFT"}
+          "2d-dpo-vanilla": "vanilla 2D-DPO", "sft": "SFT on chosen", "weighted-sft": "reward-weighted SFT"}
 BLOCKS = ("verdicts", "made")  # of the README, beside one for each claim
 # 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
