@@ -27,8 +27,7 @@ class Tokenizer:
         gpt2               the 50257 ids of GPT-2 (from tiktoken's cache, or downloaded by it)
         bytes              256 bytes and end-of-text
         FILE.tiktoken      lines "base64(token) rank"; GPT-2's split pattern; end-of-text = number of ranks
-        FOLDER             with encoder.json + vocab.bpe, vocab.json + merges.txt, tokenizer.json (of GPT-2's
-                           kind) or tokenizer.tiktoken
+        FOLDER             with encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json (GPT-2's)
     Raises DataError for anything else.
     """
     TURN = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}

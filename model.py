@@ -137,12 +137,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, eos=None,
-                 generator=None):
+                 n_ids=None, generator=None):
         """Continue each row of tokens (B, T) up to T + max_new_tokens: prompt and continuation.
 
         A prompt shorter than T is filled up with -1: its continuation begins there. temperature 0 takes the
         most likely token. top_k keeps the k most likely tokens, top_p the fewest that together reach p. A row
-        that has produced `eos` repeats it. Beyond block_size the last block_size tokens are recomputed."""
+        that has produced `eos` repeats it. Of ids from n_ids on, which no text has, none is drawn. Beyond
+        block_size the last block_size tokens are recomputed."""
         T, shortest = tokens.shape[1], int((tokens >= 0).sum(-1).min())
         if shortest == 0:
             raise ModelError("generate needs at least one token; end-of-text serves as an empty prompt")
@@ -156,7 +157,7 @@ class GPT(nn.Module):
             cache.length %= self.config.block_size  # a full one is written anew
             begin = end - 2 if cache.length else max(0, end - 1 - self.config.block_size)
             hidden = self(text[rows, begin:end - 1], cache=cache)[:, -1]  # (rows, C)
-            token = sample_token(self.logits(hidden).float(), temperature, top_k, top_p, generator)
+            token = sample_token(self.logits(hidden)[:, :n_ids].float(), temperature, top_k, top_p, generator)
             given = text[rows, end - 1]  # of a longer prompt, or -1
             text[rows, end - 1] = torch.where(given < 0, token, given)
             if eos is not None and (ended := (given < 0) & (token == eos)).any():

@@ -22,7 +22,7 @@ from plumbing.errors import ConfigError, DataError
 from plumbing.files import read_bytes
 from plumbing.flags import check_tokens, read_sizes
 from plumbing.folder import open_model, read_run, weights_hash
-from plumbing.report import fail, one_line_errors, sampling
+from plumbing.report import fail, one_line_errors
 
 def token_rewards(policy, reference, prompt, response, beta):
     """beta log pi(y_t|x,y_<t) / pi_ref(y_t|x,y_<t) of each response token: ids (P,), (N,) -> N numbers, whose
@@ -162,10 +162,9 @@ def sample(args):
 def generate(model, tokenizer, prompts, args):
     """A sampled answer to each prompt, ids (N,), end-of-text included where the model wrote it."""
     tokens = pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True, padding_value=-1)
-    with sampling(model, tokenizer):
-        tokens = model.generate(tokens.to(args.device), args.max_new_tokens, temperature=args.temperature,
-                                top_k=args.top_k, top_p=args.top_p, eos=tokenizer.eot,
-                                generator=torch.Generator(args.device).manual_seed(args.seed)).cpu().numpy()
+    tokens = model.generate(tokens.to(args.device), args.max_new_tokens, temperature=args.temperature,
+                            top_k=args.top_k, top_p=args.top_p, eos=tokenizer.eot, n_ids=tokenizer.vocab_size,
+                            generator=torch.Generator(args.device).manual_seed(args.seed)).cpu().numpy()
     rows = [row[len(p):len(p) + args.max_new_tokens] for row, p in zip(tokens, prompts, strict=True)]
     return [row[:np.append(row == tokenizer.eot, True).argmax() + 1] for row in rows]
 

@@ -1,9 +1,10 @@
 """Files read with one clear line for what cannot be, and written so that a kill leaves the last good one."""
 
+import gzip
 import json
 import os
+import zlib
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,17 +14,12 @@ from plumbing.errors import DataError, RunError
 
 # ---- What people bring ----
 
-COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}  # by the module that opens it
-
 def read_bytes(path):
-    """A whole file, decompressed when its name ends in .gz, .xz or .bz2."""
+    """A whole file, decompressed when its name ends in .gz."""
     path = Path(path)
     try:
-        module = COMPRESSED.get(path.suffix.lower())
-        content = import_module(module).open(path).read() if module else path.read_bytes()
-    except ImportError:
-        raise DataError(f"{path}: this Python has no {module}; decompress the file first") from None
-    except Exception as e:  # OSError, EOFError, zlib.error, lzma.LZMAError
+        content = gzip.open(path).read() if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as e:
         raise DataError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
     if content.startswith(b"version https://git-lfs"):
         raise DataError(f"{path}: a Git LFS pointer and not the file itself; run git lfs pull")

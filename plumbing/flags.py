@@ -12,7 +12,7 @@ import torch
 import data
 from losses import LOSSES, SELECTING, TERMS, knobs_of, terms_of
 from model import GPTConfig
-from plumbing import machine, pretrained, ranks, report, vocab
+from plumbing import machine, pairs, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, DataError, ModelError
 from plumbing.folder import check_free, files_of, read_run
 
@@ -149,9 +149,7 @@ def resolve(Config, argv):
     cfg = configure(Config, typed)
     check(cfg, typed)
     cfg = replace(cfg, out_dir=place_of_run(cfg), device=cfg.device or machine.best_device())
-    for flag in ("data", "val_data"):
-        if missing := [file for file in getattr(cfg, flag) if not os.path.exists(file)]:
-            raise ConfigError(f"--{flag} {missing[0]}: no such file")
+    pairs.files_of(cfg.data + cfg.val_data)  # refused before a tokenizer is looked for
     ranks.start(cfg.device)  # all have seen the folders before one writes
     sizes = {flag: read_sizes(flag, getattr(cfg, flag)) for flag in ("init", "ref") if getattr(cfg, flag)}
     tokenizer = load_tokenizer(cfg)  # looked for when the models' sizes have been read
@@ -211,9 +209,6 @@ def sft_before(cfg):
 
 def read_sizes(flag, name):
     """The GPTConfig of --init or --ref."""
-    if name not in pretrained.NAMES and not os.path.isdir(name):  # False for a name that is too long, too
-        raise ConfigError(f"--{flag} {name}: no such folder; choose one, or a name: "
-                          f"{', '.join(pretrained.NAMES)}")
     try:
         return pretrained.read_config(pretrained.folder_of(name), GPTConfig)
     except ModelError as e:

@@ -1,13 +1,4 @@
-"""The folder of a run, safetensors and JSON only; each file is renamed when it is whole.
-
-    run.json            config, identity (what determines the numbers), score_maximum; and how far the run is:
-                        saved (step of the newest checkpoint), finished (steps, or null)
-    log.jsonl           one record a line, the first says how to repeat the run
-    checkpoints/        step-N.safetensors, the last two
-    reference-train.bin what the reference says of each response token of the training pairs
-    model.safetensors   the result, with config.json and the tokenizer: a Hugging Face folder. While finished
-                        is null, it is absent or of an earlier end: open_model reads the newest checkpoint
-"""
+"""The folder of a run (README.md says what each file holds): claimed, resumed, logged, saved, finished."""
 
 import dataclasses
 import hashlib
@@ -22,9 +13,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from losses import LOSSES, terms_of
-from model import GPT, GPTConfig
+from model import GPT
 from plumbing import checkpoints, machine, pretrained, ranks, report, vocab
-from plumbing.errors import ConfigError, RunError
+from plumbing.errors import ConfigError, ModelError, RunError
 from plumbing.files import write_atomically, write_json, writing
 
 PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full in run.json
@@ -56,20 +47,13 @@ def full(path):
     return path if is_name else str(Path(path).resolve())
 
 def open_model(name, vocab_multiple=1):
-    """The GPT of a folder or a name; of a run that is not finished, with the weights of its newest
-    checkpoint, and it is said. Raises ConfigError or ModelError."""
-    if not Path(name, "run.json").exists() or read_run(name)["finished"] is not None:
-        return GPT.from_pretrained(name, vocab_multiple)
-    step, _, tensors = checkpoints.newest(Path(name))
-    report.say(f"{name}: this run is not finished; its weights after step {step} are read")
-    config = pretrained.read_config(Path(name), GPTConfig)
-    pretrained.check_code(GPT, config, Path(name))
-    model = GPT(config, vocab_multiple).eval()
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            rows = model.config.vocab_size if key == "wte.weight" else len(p)  # the others are padding
-            p[:rows].copy_(tensors[f"model.{key}"][:rows])
-    return model
+    """The GPT of a folder or a name. ModelError for a run that is not finished: what lies there may be the
+    model of an earlier end."""
+    run = read_run(name) if Path(name, "run.json").exists() else None
+    if run and run["finished"] is None:
+        raise ModelError(f"{name}: this run is not finished; go on with it, or end it after step "
+                         f"{run['saved']}: --resume --steps {run['saved']} --out_dir {name}")
+    return GPT.from_pretrained(name, vocab_multiple)
 
 # ---- Which run is it? ----
 def identity_of(cfg, pairs, val, tokenizer, policy, reference):
@@ -259,7 +243,8 @@ class Run:
 
     def save(self, step, policy, optimizer):
         """Write a checkpoint where one is due; after a signal, at once."""
-        self.stopped = ranks.agree(self.signals)
+        number = ranks.any_of(int(self.signals[0]) if self.signals else 0)  # all ranks stop in one step
+        self.stopped = signal.Signals(number) if number else None
         if step == self.cfg.steps or self.stopped or self.cfg.save_every and step % self.cfg.save_every == 0:
             began = time.perf_counter()
             checkpoints.save(self.folder, step, policy, optimizer, {"before": self.before})

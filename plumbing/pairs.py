@@ -10,6 +10,7 @@ message is the user's. Any other key, at any depth, is an error: tools/convert.p
 """
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -28,8 +29,9 @@ class OtherForm(DataError):
 def files_of(paths):
     """Files of the one format."""
     for path in (files := [Path(path) for path in paths]):
-        if path.is_dir():
-            raise DataError(f"{path}: a folder; name the files that are meant")
+        if not os.path.isfile(path):
+            raise DataError(f"{path}: " + ("a folder; name the files that are meant" if os.path.isdir(path)
+                                           else "No such file or directory"))
         if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
             raise DataError(f"{path}: not the format that is read, .jsonl; {how_to_convert(path)}")
     return files

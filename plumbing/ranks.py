@@ -12,7 +12,6 @@ end of its backward, so that chunks need no communication and add to the gradien
 import functools
 import math
 import os
-import signal
 import time
 from datetime import timedelta
 
@@ -117,11 +116,6 @@ def any_of(number):
     number = torch.tensor(int(number), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
-
-def agree(signals):
-    """The signals that arrived here -> the one on which all ranks act in the same step, or None."""
-    number = any_of(int(signals[0]) if signals else 0)
-    return signal.Signals(number) if number else None
 
 def on_main(function, *args):
     """Call on rank 0 alone, and return there what it returns; where that fails, every rank stops."""

@@ -1,6 +1,5 @@
 """What is printed: lines, the table, what numbers usually mean, and errors in one line."""
 
-import dataclasses
 import math
 import platform
 import shlex
@@ -127,21 +126,11 @@ def answers_and_next(cfg, tokenizer, val, policy, reference):
 def answer(model, tokenizer, prompt, seed):
     """A sampled answer, temperature 0.7: the same for the same seed."""
     device = model.wte.weight.device
-    with sampling(model, tokenizer), machine.eager():
+    with machine.eager():
         tokens = model.generate(torch.tensor([prompt], device=device), 64, temperature=0.7, eos=tokenizer.eot,
+                                n_ids=tokenizer.vocab_size,
                                 generator=torch.Generator(device).manual_seed(seed))
     return tokenizer.decode(t for t in tokens[0, len(prompt):].tolist() if t != tokenizer.eot).strip()
-
-@contextmanager
-def sampling(model, tokenizer):
-    """Inside, the model's head ends at the tokenizer's last id: rows beyond it, added tokens and padding, are
-    never sampled."""
-    config = model.config
-    model.config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    try:
-        yield
-    finally:
-        model.config = config
 
 # ---- Errors ----
 def fail(program, message):
@@ -150,16 +139,10 @@ def fail(program, message):
     print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-ADVICE = {  # what is added to the traceback of an error that is not ours
-    ("out of memory", "can't allocate memory"):
-        "a smaller --head_tokens or --micro_batch_tokens needs less memory and changes no result",
-    ("torch._dynamo", "torch._inductor", "triton"):
-        "torch.compile failed: --no-compile --no-compile_head does without it"}
-
 @contextmanager
 def one_line_errors(program):
     """Our four kinds of error become one line: exit status 2 for bad input, 1 for a run that cannot go on.
-    Any other exception shows its traceback, with advice where we have some."""
+    Any other exception shows its traceback."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -175,7 +158,6 @@ def one_line_errors(program):
     except KeyboardInterrupt:  # before the first step, or a second one
         sys.exit(128 + signal.SIGINT)
     except Exception as e:
-        for signs, advice in ADVICE.items():
-            if any(sign in f"{type(e).__module__} {e}" for sign in signs):
-                e.add_note(advice)
+        if "out of memory" in str(e) or "can't allocate memory" in str(e):
+            e.add_note("a smaller --head_tokens or --micro_batch_tokens needs less memory, changes no result")
         raise

@@ -90,8 +90,6 @@ def read_folder(folder):
     elif (folder / "added_tokens.json").exists():
         raise DataError(f"{folder}: added_tokens.json does not say which tokens text may become; save the "
                         "tokenizer again with transformers, which adds tokenizer.json")
-    if not found and (folder / "tokenizer.tiktoken").exists():
-        return read_tiktoken(folder / "tokenizer.tiktoken")
     if not found:
         raise DataError(f"tokenizer {str(folder)!r}: is neither gpt2, bytes, a .tiktoken file nor a folder "
                         "with encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json")
@@ -167,5 +165,4 @@ def byte_characters():
 
 def is_in(folder):
     """True if a model's folder holds a tokenizer too."""
-    files = ("vocab.json", "encoder.json", "tokenizer.json", "tokenizer.tiktoken")
-    return any(Path(folder, file).exists() for file in files)
+    return any(Path(folder, name).exists() for name in ("vocab.json", "encoder.json", "tokenizer.json"))

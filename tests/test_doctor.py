@@ -110,7 +110,8 @@ def test_the_last_line_trains(diagnose, monkeypatch, tmp_path, model_a, loss, si
 
 @pytest.mark.parametrize("records, options, message", [
     ([pair()], ["nowhere.jsonl"], "nowhere.jsonl: No such file or directory"),
-    ([pair()], ["nowhere.csv"], "nowhere.csv: not the format that is read, .jsonl; convert it: python"),
+    ([pair()], [__file__], f"{__file__}: not the format that is read, .jsonl; convert it: python"),
+    ([pair()], ["nowhere.jsonl", "--tokenizer", "gone"], "nowhere.jsonl: No such file or directory"),
     ([pair()], ["--tokenizer", "nowhere"], "tokenizer 'nowhere': is neither"),
     ([pair(), "{}"], ["--segment"], 'd.jsonl:2: no "prompt"'),
     ([pair()], ["--nope"], "unrecognized arguments: --nope")])

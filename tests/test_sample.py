@@ -13,7 +13,6 @@ import data
 import sample
 import train
 from model import GPT, GPTConfig
-from plumbing import report
 from plumbing.folder import weights_hash
 
 pytestmark = pytest.mark.slow
@@ -151,25 +150,12 @@ def test_a_reference_of_fewer_positions_shortens_the_prompt_for_both(run, capsys
     sample.main([*flags, "--max_new_tokens", "4"])
     assert "loses its first 5 tokens: block_size 20" in capsys.readouterr().out
 
-def test_a_run_that_was_stopped_is_sampled_with_its_newest_weights_and_this_is_said(tmp_path, capsys):
-    """Not with those of an earlier end: the run is finished, resumed, and interrupted after step 2."""
-    lines = [json.dumps({"prompt": f"{i}?", "chosen": "good"}) + "\n" for i in range(4)]
-    (tmp_path / "d.jsonl").write_text("".join(lines))
-    out = tmp_path / "sft"
-    flags = f"--loss sft --data {tmp_path / 'd.jsonl'} --tokenizer bytes --n_head 1 --n_embd 8".split()
-    train.main([*flags, "--steps", "1", "--lr", "0.5", "--out_dir", str(out)])
-    before = (out / "model.safetensors").read_bytes()
-    train.main(["--resume", "--steps", "2", "--out_dir", str(out)])
-    newest = GPT.from_pretrained(out)
-    record = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps(record | {"finished": None}))
-    (out / "model.safetensors").write_bytes(before)
-    capsys.readouterr()
-    sample.main([str(out), "--prompt", "0?", "--temperature", "0", "--max_new_tokens", "8"])
-    said = capsys.readouterr().out
-    assert "this run is not finished; its weights after step 2 are read" in said
-    tokens = newest.generate(torch.tensor([[*b"0?"]]), 8, temperature=0, eos=256)[0, 2:].tolist()
-    assert data.Tokenizer("bytes").decode(t for t in tokens if t != 256).strip() in said.split("0?")[-1]
+def test_a_run_that_is_not_finished_is_refused(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    record = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(record | {"finished": None}))
+    assert "this run is not finished; go on with it, or end it" in refused(capsys, other, "--prompt", "0?")
 
 @pytest.fixture
 def padded(tmp_path):
@@ -198,9 +184,7 @@ def test_rows_beyond_the_tokenizer_train_resume_and_are_kept_but_never_sampled(p
     policy, tokenizer = GPT.from_pretrained(out), data.Tokenizer(out)
     assert policy.config == GPT.from_pretrained(padded).config
     assert (policy.generate(torch.tensor([[72]]), 4)[0, 1:] == 257).all()
-    with report.sampling(policy, tokenizer):
-        assert policy.generate(torch.tensor([[72]]), 20).max() <= 256
-    assert policy.config.vocab_size > 257
+    assert policy.generate(torch.tensor([[72]]), 20, n_ids=tokenizer.vocab_size).max() <= 256
     assert "\ufffd" * 4 not in capsys.readouterr().out  # of the answers at the ends of both runs
     sample.main([str(out), "--prompt", "Hi", "--max_new_tokens", "8", "--heat"])
     assert "\ufffd" * 8 not in capsys.readouterr().out

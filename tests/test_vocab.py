@@ -54,7 +54,7 @@ def folders(tmp_path):
     Tokenizer(hf).save(saved)
     (ranked / "tokenizer.tiktoken").write_bytes(
         b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in Tokenizer(hf).ranks.items()))
-    return folders
+    return [*folders[:-1], ranked / "tokenizer.tiktoken"]
 
 def refused(folder):
     with pytest.raises(DataError) as e:
@@ -65,7 +65,7 @@ def refused(folder):
 # ---- One vocabulary, many files ----
 
 def test_every_kind_of_folder_gives_equal_ids(folders):
-    tokenizers = [Tokenizer(folder) for folder in [*folders, folders[-1] / "tokenizer.tiktoken"]]
+    tokenizers = [Tokenizer(folder) for folder in folders]
     first = tokenizers[0]
     assert first.encode("ab ab") == [256, 257]
     assert first.encode("cdé") == [258, 259]
@@ -74,7 +74,7 @@ def test_every_kind_of_folder_gives_equal_ids(folders):
         assert t.encode(SAMPLE) == first.encode(SAMPLE) == t.encode_batch(["", SAMPLE])[1], t.name
         assert (t.eot, t.vocab_size, t.hash) == (260, 261, first.hash), t.name
         assert t.decode(t.encode(SAMPLE)) == SAMPLE
-    assert all(map(vocab.is_in, folders)) and not vocab.is_in(folders[0].parent)
+    assert all(map(vocab.is_in, folders[:-1])) and not vocab.is_in(folders[0].parent)
 
 # Every kind of character, white space by the hundred, HH's turns
 TEXTS = ["a fine film", "\n\nHuman: Hi\n\nAssistant: it's 12 \u00a0\t ab", " " * 300 + "x", "\u0301\u200d",

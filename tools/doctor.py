@@ -29,7 +29,7 @@ class Findings:
         self.records, self.malformed, self.pairs = 0, [], []
         self.lines = defaultdict(list)  # {what was found: [file:line]}
         self.seen, self.prompts, self.distances = Counter(), Counter(), []  # {hash: how often}; [0, 1]
-        for path in pairs.files_of(paths):
+        for path in paths:
             for where, prompt, *sides in pairs.read(path, self.malformed):
                 self.records += 1
                 try:
@@ -176,7 +176,7 @@ def split_segments(text):
 def segment_lines(paths):
     """Every pair with segments, as JSON lines; a response that has some keeps them."""
     malformed = []
-    for path in pairs.files_of(paths):
+    for path in paths:
         for _, prompt, *sides in pairs.read(path, malformed):
             out = {"prompt": prompt}
             for key, side in zip(("chosen", "rejected"), sides, strict=True):
@@ -198,13 +198,14 @@ def main(arguments=None):
         "segments with empty scores, to be filled in")
     options = parser.parse_intermixed_args(arguments)
     try:
+        files = pairs.files_of(options.files)
         if options.segment:
-            for line in segment_lines(options.files):
+            for line in segment_lines(files):
                 print(line)
             print('fill in each "scores": [] with numbers >= 0, one for each aspect', file=sys.stderr)
             return 0
         tokenizer = data.Tokenizer(options.tokenizer)
-        found = Findings(options.files, tokenizer, options.block_size)
+        found = Findings(files, tokenizer, options.block_size)
         for line in report(found, tokenizer, options.block_size):
             print(line)
         if found.pairs and not found.malformed:

@@ -7,12 +7,14 @@ import json
 import re
 import shlex
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 from plumbing import pairs
 from plumbing.errors import DataError
-from plumbing.files import COMPRESSED, read_bytes
+from plumbing.files import read_bytes
 
+OPENED_BY = {".xz": "lzma", ".bz2": "bz2"}  # not every Python has them
 LISTS = ("messages", "conversations", "conversation", "responses", "scores", "history")
 
 DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow)(\.(gz|xz|bz2))?$", re.IGNORECASE)
@@ -30,11 +32,11 @@ def only_file(path):
 
 def read(path, delimiter=None):
     """Yield (place, record) of a file; what is no JSON object stands there as a DataError."""
-    kinds = [kind for kind in Path(path.name.lower()).suffixes if kind not in COMPRESSED]
+    kinds = [kind for kind in Path(path.name.lower()).suffixes if kind not in (".gz", *OPENED_BY)]
     kind = kinds[-1] if kinds else ""
     if kind in (".zip", ".zst", ".tar"):
         raise DataError(f"{path}: unpack it first (.gz, .xz and .bz2 are read)")
-    content = read_bytes(path)
+    content = decompressed(path)
     if kind in (".csv", ".tsv"):
         delimiter = delimiter or ("\t" if kind == ".tsv" else ",")
         yield from numbered("row", unfold(read_csv(path, content, delimiter)))
@@ -48,6 +50,16 @@ def read(path, delimiter=None):
                 yield place, pairs.parse_json(line)
             except DataError as e:
                 yield place, e
+
+def decompressed(path):
+    """The bytes of a file; what ends in .gz, .xz or .bz2 is decompressed."""
+    content, module = read_bytes(path), OPENED_BY.get(path.suffix.lower())
+    try:
+        return import_module(module).decompress(content) if module else content
+    except ImportError:
+        raise DataError(f"{path}: this Python has no {module}; decompress the file first") from None
+    except Exception as e:  # OSError, EOFError, ValueError, lzma.LZMAError
+        raise DataError(f"{path}: {e}") from None
 
 def numbered(name, records):
     return ((f": {name} {i}", record) for i, record in enumerate(records, 1))
