@@ -51,8 +51,9 @@ def open_model(name, vocab_multiple=1):
     model of an earlier end."""
     run = read_run(name) if Path(name, "run.json").exists() else None
     if run and run["finished"] is None:
-        raise ModelError(f"{name}: this run is not finished; go on with it, or end it after step "
-                         f"{run['saved']}: --resume --steps {run['saved']} --out_dir {name}")
+        step = run["saved"]
+        end = f", or end it after step {step}: --resume --steps {step} --out_dir {name}" if step else ""
+        raise ModelError(f"{name}: this run is not finished; go on with it{end}")
     return GPT.from_pretrained(name, vocab_multiple)
 
 # ---- Which run is it? ----
