@@ -119,13 +119,13 @@ def run(model, files, setting, store, say=print):
     store.mkdir(parents=True, exist_ok=True)
     code = [source_hash(), *map(inspect.getsource, (World, answer_length, perform)), torch.__version__]
     weights, runs = hashlib.sha256(Path(model, "model.safetensors").read_bytes()).hexdigest(), []
-    for name, path in files.items():
-        content, world = hashlib.sha256(Path(path).read_bytes()).hexdigest(), None
+    for name in filter(files.get, LOSSES_OF):
+        content, world = hashlib.sha256(Path(files[name]).read_bytes()).hexdigest(), None
         for loss, seed in [(loss, seed) for loss in LOSSES_OF[name] for seed in setting.seeds]:
             key = json.dumps([loss, seed, asdict(setting), content, weights, *code])
             kept = store / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
             if not kept.exists():
-                world = world or World(model, path, "2d" in loss, setting)
+                world = world or World(model, files[name], "2d" in loss, setting)
                 cpu, records = time.process_time(), perform(world, loss, seed, setting.steps[name], setting)
                 found = {"data": name, "loss": loss, "seed": seed, "records": records,
                          "pairs": [world.all, len(world.pairs), len(world.val)], "commit": commit(),
