@@ -1,6 +1,6 @@
 """Answers of a model, beside its reference's: python sample.py MODEL --prompt "..." [--heat]
 
-MODEL is the folder of a run, finished or not, the folder of a model, or a name (gpt2, ...). --heat shows
+MODEL is the folder of a finished run, the folder of a model, or a name (gpt2, ...). --heat shows
 the implicit reward beta log pi(y_t|..)/pi_ref(y_t|..) of every token of the answer: where training made it
 likelier than under the reference (green, +) or less likely (red, -).
 """

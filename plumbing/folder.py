@@ -17,6 +17,7 @@ from model import GPT
 from plumbing import checkpoints, machine, pretrained, ranks, report, vocab
 from plumbing.errors import ConfigError, ModelError, RunError
 from plumbing.files import write_atomically, write_json, writing
+from plumbing.pairs import some
 
 PATHS = ("init", "ref", "data", "val_data", "tokenizer")  # of Config, in full in run.json
 # What a run's numbers do not depend on: its length, its place, what is printed, how the work is cut.
@@ -224,7 +225,7 @@ class Run:
         norm, total = ranks.whole(norm), terms["loss"].sum()
         if not math.isfinite((norm + total).item()):  # the step's one wait for the device
             bad = terms["pair"][~terms["loss"].isfinite()] if not total.isfinite() else terms["pair"]
-            where = report.some([self.pairs.where[int(i)] for i in bad], 8)
+            where = some([self.pairs.where[int(i)] for i in bad], "", 8)
             raise RunError(f"step {step}: mean loss {terms['loss'].mean().item():g}, gradient norm "
                            f"{norm.item():g}; stopped before the update. Pairs: {where}")
         self.tokens.append(self.pairs.lengths[index].sum())

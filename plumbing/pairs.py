@@ -135,9 +135,9 @@ def describe(path, counts, dropped, block_size):
             + f", {cut} prompts cut at the front to fit block_size {block_size}" * bool(cut)
             + f", {ended} with a response that ends in {EOT}: remove it, it is added" * bool(ended))
 
-def some(places, path):
-    """The first three places, without the file's name."""
-    return ", ".join(place.removeprefix(f"{path}:") for place in places[:3]) + ", ..." * (len(places) > 3)
+def some(places, path, n=3):
+    """The first n places, without the file's name."""
+    return ", ".join(place.removeprefix(f"{path}:") for place in places[:n]) + ", ..." * (len(places) > n)
 
 def listed(malformed):
     """[(file, place, what)] -> lines for ten kinds of malformed records; equal ones share a line."""

@@ -73,9 +73,6 @@ def held_out_line(m, length):
                        "a larger --beta slows it, dpop is made against it")
     return line + ": both fall, which is common" * (rejected < chosen < 0)
 
-def some(items, n):
-    return ", ".join(items[:n]) + f" and {len(items) - n} more" * (len(items) > n)
-
 def stopped(number, step, cfg):
     say(f"{number.name}: stopped after step {step} and saved; go on with\n"
         f"  python {PROGRAM} --resume --out_dir {shlex.quote(cfg.out_dir)}\n"

@@ -116,8 +116,8 @@ ROLES = [{"from": role, "value": "Hi"} for role in ("user", "human", "Human", "U
     (pair(turns("a\n\nHuman: b"), "Yes", "No"), ("\n\nHuman: a\n\nHuman: b\n\nAssistant:", " Yes", " No")),
     # transcripts of HH
     *(({"chosen": p + c, "rejected": p + r}, (p, c, r)) for p, c, r in [
-        (AB, " Yes", " No"), (P, " Yes\n\nHuman: B\n\nAssistant: C", " No"), (P, " Same, yes", " Same, no"),
-        (P, " Yes", " Yes and more"), (P, " A\n\nHuman: B\n\nAssistant: C", " A\n\nHuman: D")]),
+        (AB, " Yes", " No"), (P, " Same, yes", " Same, no"), (P, " Yes", " Yes and more"),
+        (P, " Yes\n\nAssistant: C", " No")]),
     # SFT
     ({"prompt": turns("Hi"), "completion": says("Yes")}, YES_NO[:2]),
     ({"prompt": "Q", "chosen": "A"}, ("Q", "A")),
@@ -140,6 +140,7 @@ CHAT = pair(turns("Hi"), says("Yes")[0], says("No")[0])
 TEACHER = {"role": "assistant", "content": "Yes"}
 MEANT = 'perhaps part of what is meant, and not read: "{0}"; without it: --drop {1}'
 SWITCHED = '"{}" says not to train on it'
+NEITHER = '"weight" is neither on nor off; to do so all the same: --drop weight'
 
 def with_answer(**more):
     return CHAT | {"chosen": TEACHER | more}
@@ -165,14 +166,24 @@ def with_answer(**more):
     ({"prompt": "Q", "completion": "A", "rating": 3}, MEANT.format("rating", "rating")),
     # switches
     *((with_answer(**{key: off}), "chosen: its " + SWITCHED.format(key)) for key, off in [
-        ("weight", 0), ("weight", 0.5), ("loss", False), ("train", False), ("trainable", "false")]),
+        ("weight", 0), ("loss", False), ("train", False), ("trainable", "false")]),
+    (with_answer(weight=0.5), "chosen: its " + NEITHER),
     *((pair(**{key: off}), "the record: its " + SWITCHED.format(key)) for key, off in [
-        ("weight", 0), ("loss", False), ("train", "False"), ("loss_weight", 0.1)]),
+        ("weight", 0), ("loss", False), ("train", "False")]),
+    ({"messages": [*turns("Hi"), TEACHER | {"weight": 1}, *turns("B", "C")]}, 'a "weight" that says to'),
+    (CHAT | {"prompt": [turns("Hi")[0] | {"loss": True}]}, 'a "loss" that says to'),
     ({"messages": [*turns("Hi"), TEACHER | {"weight": 0}], **PAIR}, SWITCHED.format("weight")),
     # labels
     *((record | {key: value}, f'"{key}" (KTO), is no pair of a chosen and a rejected response; --label {key}')
       for record in (RECORDS["conversations"], RECORDS["completions"])
       for key, value in [("label", False), ("labels", 1), ("kto_tag", "true"), ("good", False)]),
+    ({"messages": [*turns("Hi"), TEACHER | {"prefix": True}]}, MEANT.format("messages[1].prefix", "prefix")),
+    # several answers
+    *((record | {key: ["a", "b", "c"]}, f'"{key}" is a list of 3 texts; one answer is needed')
+      for record, key in ((RECORDS["outputs"], "output"), (pair(), "chosen"), (pair(), "rejected"))),
+    # transcripts beside a prompt
+    *((pair(prompt, P + " Yes", P + " No"), 'there is a "prompt"; if both are the same: --drop prompt')
+      for prompt in (P, "Hi", turns("Hi"))),
     # turns of other speakers
     (CHAT | {"chosen": sharegpt(("function_call", "f"), ("observation", "4"), ("gpt", "4"))},
      "\"chosen[0]\" is a turn of 'function_call', not of system, user, assistant"),
@@ -189,7 +200,8 @@ def with_answer(**more):
     ({"system": "Be rude", "messages": SYSTEM + turns("Hi", "Yes")}, 'the system turn of "messages" differ'),
     (pair([SYSTEM[0] | {"content": "Be rude"}], SYSTEM + turns("Hi", "Yes"), SYSTEM + turns("Hi", "No")),
      "two system texts that differ"),
-    ({"chosen": turns("Yes"), "rejected": turns("No")}, '"chosen": no assistant turn stands after'),
+    ({"chosen": turns("Yes"), "rejected": turns("No")}, '"chosen": a turn of user stands where'),
+    ({"chosen": SYSTEM + turns("Hi", "A"), "rejected": turns("Hi", "A")}, '"chosen": a turn of system'),
     ({"chosen": says("Yes"), "rejected": says("No")}, "lacks prompt"),
     ({"messages": turns("Hi")}, '"messages" must end in an assistant turn, the answer'),
     ({"messages": turns("Hi", "Yes"), "prompt": turns("Hi")[0] | {"x": 1}}, MEANT.format("prompt", "prompt")),
@@ -226,6 +238,7 @@ def test_what_would_be_lost_or_misread_is_refused_in_one_line(record, message):
         ("AlpacaEval", {"preference": 0}), ("AlpacaEval", {"preference": 1.5}),
         ("HelpSteer2", {"preference_strength": "0"}), ("HelpSteer3", {"overall_preference": 0})]),
     (RECORDS["rankings"] | {"scores": [2, 2, 2]}, '"scores" that are all equal'),
+    ({"chosen": P + " A\n\nHuman: B\n\nAssistant: C", "rejected": P + " No"}, "a turn of Human after what"),
 ])
 def test_ties_and_contradictions_are_refused_or_dropped_by_a_flag(tmp_path, capsys, record, reason):
     path = write(tmp_path / "d.jsonl", record, pair(score_chosen=2, score_rejected=1.5, margin=1), record)
@@ -255,9 +268,21 @@ def test_keys_are_renamed_and_dropped_as_the_flags_say(tmp_path, capsys):
     assert trained_on(with_answer(x=1), drop=["x"]) == YES_NO  # at any depth
     for more, message in ((["nope"], "--drop, --keys: no record has the key nope"),
                           (["--keys", "nope=x"], "--keys nope=x: must be NAME=KEY, with a NAME of"),
-                          (["--keys", "question=source"], 'there is a "question" already; --drop question')):
+                          (["--keys", "chosen=bad_answer"], "--keys: a name has two keys")):
         status, _, error = run(tmp_path, capsys, tmp_path / "d.jsonl", "--overwrite", *flags, *more)
         assert status == 2 and message in error
+
+def test_keys_may_exchange_the_answers_but_replace_nothing():
+    swap = convert.Converter([("chosen", "rejected"), ("rejected", "chosen")])
+    assert swap.convert(pair()) == {"prompt": "Q", "chosen": "bad", "rejected": "good"}
+    with pytest.raises(DataError, match='--keys chosen=better: there is a "chosen" already; --drop chosen'):
+        convert.Converter([("chosen", "better")]).convert(pair(better="x"))
+
+def test_earlier_answers_of_a_conversation_are_said_to_be_in_the_prompt():
+    converter = convert.Converter()
+    for form in ("conversations", "ShareGPT conversations"):
+        converter.convert(RECORDS[form])
+    assert [rule for _, rule in converter.forms] == [f"{convert.TURNS}, earlier answers in it", convert.TURNS]
 
 def test_of_labelled_completions_the_true_ones_are_kept_where_the_flag_says_so(tmp_path, capsys):
     rows = [{"prompt": f"Q{i}", "completion": "a", "label": x} for i, x in enumerate([True, "false", 1, 0])]
@@ -403,7 +428,8 @@ def test_turns_are_messages_that_render_to_the_same_text_or_are_refused():
         record = {"chosen": prompt + yes, "rejected": prompt + " No"}
         assert isinstance(convert.Converter(turns=True).convert(record)["prompt"], list)
         assert trained_on(record, turns=True) == trained_on(record)
-    for prompt, yes in ((P, "Yes"), ("x" + P, " Yes"), (P, " Yes\n\nHuman: B"), (P.replace(": ", ":"), " A")):
+    colons = P.replace(": ", ":")
+    for prompt, yes in ((P, "Yes"), ("x" + P, " Yes"), (P, " Yes\n\nAssistant: B"), (colons, " Yes")):
         with pytest.raises(convert.Unclear, match="do not render to the same text"):
             convert.Converter(turns=True).convert({"chosen": prompt + yes, "rejected": prompt + " No"})
 

@@ -19,7 +19,7 @@ EQUATIONS = {("Eq. 7", "2305.18290"): "dpo_loss", ("Eq. 3", "2402.13228v2"): "dp
              ("Eq. 6", "2410.19720"): "dpo2d_loss"}
 
 @pytest.mark.parametrize("room, limit, over", [
-    ("*.py", 1350, 0), ("plumbing/*.py", 1450, 208), ("tools/*.py", 1100, 0), ("ports/*.py", 900, 0),
+    ("*.py", 1350, 0), ("plumbing/*.py", 1450, 207), ("tools/*.py", 1100, 0), ("ports/*.py", 900, 0),
     ("golden/*.py", 1900, 0), ("docs/*.py", 620, 0), ("toy/*.py", 300, 0), ("experiments/*.py", 2700, 0),
     ("tests/**/*.py", 8000, 0)])
 def test_no_room_grows(room, limit, over):

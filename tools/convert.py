@@ -38,7 +38,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
          **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot"), "assistant")}  # in lower case
 CHATS = ("messages", "conversations", "conversation")
 PROMPTS = (*CHATS, "prompt", "question", "query", "instruction", "input", "history", "context")
-ASSISTANT = "\n\nAssistant:"  # a transcript's prompt ends here, its response starts with the space
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # a transcript's prompt ends in the second
 TEXT, TURNS = "the prompt as it stands", "the prompt as messages"
 
 class Unclear(DataError):
@@ -170,12 +170,11 @@ class Converter:
         """The record with its keys dropped and named as --drop and --keys say."""
         self.met |= record.keys() & {*self.drop, *self.keys.values()}
         r = {key: value for key, value in record.items() if key not in self.drop}
-        for new, old in self.keys.items():
-            if old in r:
-                if full(r.get(new)):
-                    raise DataError(f'--keys {new}={old}: there is a "{new}" already; --drop {new}')
-                r[new] = r.pop(old)
-        return r
+        moved = {new: r.pop(old) for new, old in self.keys.items() if old in r}
+        for new in moved:
+            if full(r.get(new)):
+                raise DataError(f'--keys {new}={self.keys[new]}: there is a "{new}" already; --drop {new}')
+        return r | moved
 
     def cleaned(self, x):
         """x without keys that have no meaning or are dropped, at any depth."""
@@ -209,8 +208,9 @@ class Converter:
     def check_unread(self, alone=False):
         if not self.unread:
             return
-        for _, key, value in self.unread if alone else ():
-            if truth(value) is not None and (type(value) is not int or re.search("label|kto", key, re.I)):
+        for path, key, value in self.unread if alone else ():
+            named = type(value) is not int or re.search("label|kto", key, re.I)
+            if path == key and truth(value) is not None and named:
                 raise DataError(f'one completion with a label, "{key}" (KTO), is no pair of a chosen and a '
                                 f"rejected response; --label {key} keeps the true ones, for --loss sft")
         names = ", ".join(json.dumps(path) for path, *_ in self.unread)
@@ -220,7 +220,8 @@ class Converter:
     def check_off(self, x, place):
         for key in SWITCHES:
             if full(x.get(key)) and not truth(x[key]):
-                raise DataError(f'{place}: its "{key}" says not to train on it; to do so: --drop {key}')
+                says = "says not to train on it" if truth(x[key]) is False else "is neither on nor off"
+                raise DataError(f'{place}: its "{key}" {says}; to do so all the same: --drop {key}')
 
     def check_scores(self, r, known):
         """The record's own scores must not contradict "chosen"."""
@@ -263,6 +264,9 @@ class Converter:
             main = "prompt"
         if main is None and kind.name == "pairs" and all(isinstance(value, str) for _, value in sides):
             return self.transcripts(r)
+        if any(isinstance(value, str) and value.startswith(HUMAN) for _, value in sides) and main:
+            raise DataError(f'the answers are transcripts, which hold the prompt, and there is a "{main}"; '
+                            f"if both are the same: --drop {main}")
         answers = [(place, self.answer(value, place)) for place, value in sides]
         head = self.head(r, main, known)
         if kind.last:
@@ -279,6 +283,7 @@ class Converter:
             raise DataError(f'"{main}" is a transcript that ends in "Assistant:", the answers are not')
         else:
             prompt, rule = [{"role": turn.role, "content": turn.text} for turn in turns], TURNS
+            rule += ", earlier answers in it" * any(turn.role == "assistant" for turn in turns)
         return {"prompt": prompt} | dict(zip(("chosen", "rejected"), texts, strict=False)), rule
 
     def transcripts(self, r):
@@ -288,6 +293,8 @@ class Converter:
         if not turn:
             raise no_form(r, "pairs", ["prompt"])
         chosen, rejected = (side.removeprefix(head + turn) for side in sides)
+        if HUMAN in chosen + rejected:
+            raise Unclear("a turn of Human after what the transcripts share, which would be scored")
         rule = "transcripts: the prompt is what both share up to its last Assistant turn, the rest is scored"
         return {"prompt": head + turn, "chosen": chosen, "rejected": rejected}, rule
 
@@ -302,7 +309,7 @@ class Converter:
         known.add(main)
         value = r[main]
         if main == "instruction" and isinstance(value, str) and isinstance(r.get("input"), str):
-            value = "\n".join(filter(None, (value, r["input"])))
+            value = "\n".join(text for text in (value, r["input"]) if text.strip())
             known.add("input")
         found = self.chat(value, main, "user")
         if turns and turns[0].role == "system" and found and found[0].role == "system":
@@ -315,6 +322,8 @@ class Converter:
         """A text, messages or segments -> turns, or segments."""
         if not isinstance(value, list) or any(map(is_message, value)):
             return self.chat(value, place, "assistant")
+        if len(value) > 1 and all(isinstance(x, str) for x in value):
+            raise DataError(f'"{place}" is a list of {len(value)} texts; one answer is needed')
         if not value or not all(isinstance(x, dict) and "text" in x and "type" not in x for x in value):
             return [Turn("assistant", self.parts(value, place), {})]
         for i, x in enumerate(value):
@@ -388,7 +397,8 @@ class Converter:
                 texts.append(answer)
                 continue
             if len(side) == n or side[n].role != "assistant":
-                raise DataError(f'"{place}": no assistant turn stands after the prompt')
+                found = "nothing" if len(side) == n else f"a turn of {side[n].role}"
+                raise DataError(f'"{place}": {found} stands where the answers part, and no assistant turn')
             if len(side) > n + 1:
                 raise DataError(f'"{place}": {len(side) - n} turns after the prompt; an answer is one turn, '
                                 "so that no other speaker's text is scored")
@@ -398,6 +408,9 @@ class Converter:
             raise no_form(["the answers"], "pairs", ["prompt"])
         if prompt[-1].role != "user":
             raise DataError(f"the prompt ends in a turn of {prompt[-1].role}; it must end in one of the user")
+        if on := [key for turn in prompt for key in SWITCHES if truth(turn.message.get(key))]:
+            raise DataError(f'a "{on[0]}" that says to train on a turn of the prompt; only the answer is '
+                            f"trained on: --drop {on[0]}")
         return prompt, texts
 
 def is_message(x):
@@ -477,8 +490,9 @@ def main(argv=None):
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help=".jsonl .json .csv .tsv .parquet .arrow; also compressed")
     add("--out", required=True, metavar="OUT.jsonl", type=Path, help="the file to write")
-    add("--keys", nargs="+", default=[], metavar="NAME=KEY", help="what is called prompt, chosen, ... here")
-    add("--drop", nargs="+", default=[], metavar="KEY", help="leave these keys out, at any depth")
+    several = {"nargs": "+", "action": "extend", "default": []}
+    add("--keys", **several, metavar="NAME=KEY", help="what is called prompt, chosen, ... here")
+    add("--drop", **several, metavar="KEY", help="leave these keys out, at any depth")
     add("--drop_unclear", action="store_true", help="drop records that prefer nothing, or contradict it")
     add("--label", metavar="KEY", help="KTO data for --loss sft: keep the completions whose KEY is true")
     add("--turns", action="store_true", help="write HH's transcripts as messages, for other chat templates")
@@ -490,6 +504,8 @@ def main(argv=None):
     try:
         if wrong := [f"{new}={old}" for new, old in keys if new not in names or not old]:
             raise DataError(f"--keys {wrong[0]}: must be NAME=KEY, with a NAME of {', '.join(sorted(names))}")
+        if len(dict(keys)) < len(keys):
+            raise DataError("--keys: a name has two keys; choose one")
         paths = [records.only_file(path) for path in options.files]
         same = any(out.resolve() == path.resolve() for path in paths)
         for wrong, what in ((out.suffix.lower() != ".jsonl", f"--out {out}: must end in .jsonl"),
