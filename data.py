@@ -42,7 +42,9 @@ class Tokenizer:
         self.ranks, self.eot = vocab.read(name_or_path)  # {token bytes: id}, the id of end-of-text
         self.vocab_size = max(self.eot, *self.ranks.values()) + 1
         self.token_bytes = {i: token for token, i in self.ranks.items()} | {self.eot: vocab.EOT.encode()}
-        self.hash = hashlib.sha256(repr((sorted(self.ranks.items()), self.eot)).encode()).hexdigest()
+        self.other_template = vocab.other_template(name_or_path)
+        same = (sorted(self.ranks.items()), self.eot, *filter(None, [self.other_template]))
+        self.hash = hashlib.sha256(repr(same).encode()).hexdigest()  # of all that makes ids
         self.bpe = tiktoken.Encoding(self.name, pat_str=vocab.SPLIT, mergeable_ranks=self.ranks,
                                      special_tokens={})
 
@@ -56,6 +58,9 @@ class Tokenizer:
 
     def render(self, messages):
         """A list of {"role", "content"} -> text, in the form of HH-RLHF."""
+        if self.other_template:
+            raise DataError(f"{self.name}: messages would not be read by its own chat template here; "
+                            "ports/huggingface.py trains with it")
         return "".join(self.TURN[m["role"]] + m["content"] for m in messages) + "\n\nAssistant:"
 
     def encode_prompts(self, prompts):

@@ -17,10 +17,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import Pair, Tokenizer, collate
+from model import GPTConfig
 from plumbing import machine, pairs, pretrained, vocab
 from plumbing.errors import ConfigError, DataError
 from plumbing.files import read_bytes
-from plumbing.flags import check_tokens, read_sizes
+from plumbing.flags import check_tokens
 from plumbing.folder import open_model, read_run, weights_hash
 from plumbing.report import fail, one_line_errors
 
@@ -97,7 +98,7 @@ def load(args):
         ref = None
     if not ref:
         return policy, None, tokenizer, beta
-    check_tokens("ref", ref, read_sizes("ref", ref), tokenizer)
+    check_tokens("ref", ref, pretrained.read_config(ref, GPTConfig), tokenizer)
     reference = open_model(ref)
     hashed = reference.double() if run["config"].get("dtype") == "float64" else reference
     if not args.ref and run["identity"].get("ref") not in (None, weights_hash(hashed)):

@@ -13,7 +13,7 @@ import data
 from losses import LOSSES, SELECTING, TERMS, knobs_of, terms_of
 from model import GPTConfig
 from plumbing import machine, pairs, pretrained, ranks, report, vocab
-from plumbing.errors import ConfigError, DataError, ModelError
+from plumbing.errors import ConfigError, DataError
 from plumbing.folder import check_free, files_of, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +139,7 @@ def check_tokens(flag, name, sizes, tokenizer):
         raise ConfigError(f"--{flag} {name}: has {sizes.vocab_size} token ids, the tokenizer "
                           f"{tokenizer.vocab_size}; choose the tokenizer that it was trained with")
     if has_own and data.Tokenizer(name).hash != tokenizer.hash:
-        raise ConfigError(f"--{flag} {name}: has another tokenizer, of other ids; choose one with this")
+        raise ConfigError(f"--{flag} {name}: has another tokenizer, other ids or another chat template")
 
 # ---- The whole way ----
 def resolve(Config, argv):
@@ -151,8 +151,10 @@ def resolve(Config, argv):
     cfg = replace(cfg, out_dir=place_of_run(cfg), device=cfg.device or machine.best_device())
     pairs.files_of(cfg.data + cfg.val_data)  # refused before a tokenizer is looked for
     ranks.start(cfg.device)  # all have seen the folders before one writes
-    sizes = {flag: read_sizes(flag, getattr(cfg, flag)) for flag in ("init", "ref") if getattr(cfg, flag)}
-    tokenizer = load_tokenizer(cfg)  # looked for when the models' sizes have been read
+    sizes = {flag: pretrained.read_config(name, GPTConfig)
+             for flag, name in (("init", cfg.init), ("ref", cfg.ref)) if name}
+    name = cfg.init if cfg.init and vocab.is_in(cfg.init) else "gpt2" if cfg.data or cfg.init else TOY[2]
+    tokenizer = data.Tokenizer(cfg.tokenizer or name)  # looked for when the models' sizes have been read
     for flag, found in sizes.items():
         check_tokens(flag, getattr(cfg, flag), found, tokenizer)
     own = sizes.get("init")
@@ -186,10 +188,10 @@ def place_of_run(cfg):
 def for_machine(cfg, vocab_size):
     """The Config with what the machine decides: precision, compilation, and how much is computed at once."""
     kind, large = torch.device(cfg.device).type, vocab_size > 10_000
-    cuda, why_not = kind == "cuda", machine.cannot_compile() if large else None
-    if cuda and why_not and cfg.compile is None:
-        report.say(f"torch.compile is off: no {why_not} on this machine")
-    pays = large and not why_not and kind in ("cpu", "cuda") and ranks.world() == 1
+    cuda, can = kind == "cuda", machine.can_compile()
+    if cuda and large and not can and cfg.compile is None:
+        report.say("torch.compile is off: it needs g++ and Python.h (python3-dev)")
+    pays = large and can and kind in ("cpu", "cuda") and ranks.world() == 1
     values = {"dtype": "bfloat16" if cuda else "float32", "compile": pays and cuda,
               "compile_head": pays if cfg.compile is None else cfg.compile,
               "micro_batch_tokens": 32768 if cuda else 2048,
@@ -206,21 +208,6 @@ def sft_before(cfg):
         "ref", "overwrite", "sft_steps", "sft_lr", "aspect_weights", "rejected_weight")}
     return replace(cfg, **unread, loss="sft", settings={}, steps=cfg.sft_steps, lr=cfg.sft_lr, eval_every=0,
                    save_every=0, log_every=max(cfg.log_every, 50))
-
-def read_sizes(flag, name):
-    """The GPTConfig of --init or --ref."""
-    try:
-        return pretrained.read_config(pretrained.folder_of(name), GPTConfig)
-    except ModelError as e:
-        raise ConfigError(f"--{flag}: {e}") from None
-
-def load_tokenizer(cfg):
-    """The tokenizer of the flags, or that of --init, which the flags may only repeat."""
-    own = cfg.init if cfg.init and vocab.is_in(cfg.init) else "gpt2" if cfg.data or cfg.init else TOY[2]
-    try:
-        return data.Tokenizer(cfg.tokenizer or own)
-    except DataError as e:
-        raise ConfigError(f"--tokenizer: {e}" if cfg.tokenizer else str(e)) from None
 
 def load_data(cfg, tokenizer):
     """(training pairs, held-out pairs), and what was read is printed."""

@@ -51,10 +51,9 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     return kind.upper() + (f", {threads} thread{'s' if threads > 1 else ''}" if kind == "cpu" else "")
 
-def cannot_compile():
-    """What torch.compile lacks here, or None: it needs a C++ compiler and Python's headers."""
-    has_header = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return "g++" if not shutil.which("g++") else None if has_header else "Python.h"
+def can_compile():
+    """torch.compile needs a C++ compiler and Python's headers."""
+    return bool(shutil.which("g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 @functools.cache
 def compiled(function):

@@ -143,26 +143,30 @@ def load_config(folder, name="config.json"):
         raise ModelError(f"{path}: {why}; a model is a folder with config.json, or a name: "
                          f"{', '.join(NAMES)}") from None
 
-def read_config(folder, config_class):
+def read_config(name_or_folder, config_class):
     """config.json -> GPTConfig. Weights cut short and what would change GPT-2's computation are refused."""
-    path, c = Path(folder, "config.json"), load_config(folder)
-    if path.with_name("model.safetensors").exists():
-        read_weights(path.parent, names=[])
+    folder = folder_of(name_or_folder)
+    path, c = folder / "config.json", load_config(folder)
+    if (kind := c.get("model_type", "gpt2")) not in ("gpt2", OWN):
+        raise ModelError(f"{path}: a {kind}; python ports/huggingface.py --init {folder} trains it")
+    if (folder / "model.safetensors").exists():
+        read_weights(folder, names=[])
     try:
-        if c.get("model_type") == OWN:
+        if kind == OWN:
             return config_class(**{field.name: c[field.name] for field in fields(config_class)})
         config = config_class(c.get("vocab_size"), c.get("n_positions", c.get("n_ctx")),
                               c.get("n_layer"), c.get("n_head"), c.get("n_embd"))
     except (ValueError, KeyError) as e:
         raise ModelError(f"{path}: not the configuration of a GPT-2 ({e})") from None
-    expected = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    expected = {"activation_function": ["gelu_new", "gelu_pytorch_tanh"],
                 "n_inner": [None, 4 * config.n_embd], "layer_norm_epsilon": [1e-5],
                 "tie_word_embeddings": [True], "scale_attn_weights": [True],
                 "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
                 "quantization_config": [None]}
     for key, allowed in expected.items():
         if key in c and c[key] not in allowed:
-            raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (only {allowed[0]!r})")
+            raise ModelError(f"{path}: {key} = {c[key]!r} is not GPT-2's, {allowed[0]!r}; "
+                             f"python ports/huggingface.py --init {folder} trains it")
     return config
 
 def read_weights(folder, names=None):

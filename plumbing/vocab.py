@@ -163,6 +163,15 @@ def byte_characters():
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
+def other_template(folder):
+    """The chat template of a tokenizer's folder, where it is not that of Tokenizer.render; else None."""
+    file, config = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
+    if file.exists():
+        text = read_bytes(file).decode(errors="replace")
+    else:
+        text = read_json_data(config).get("chat_template") if config.exists() else None
+    return text if text != CHAT else None
+
 def is_in(folder):
     """True if a model's folder holds a tokenizer too."""
     return any(Path(folder, name).exists() for name in ("vocab.json", "encoder.json", "tokenizer.json"))

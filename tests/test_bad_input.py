@@ -56,7 +56,9 @@ FLAGS = [
     ("--data cut.jsonl.gz", "cut.jsonl.gz: Compressed file ended before t"),
     ("--data late.jsonl", "late.jsonl:5: not UTF-8"), ("--data second.jsonl", "second.jsonl:5: not JSON"),
     ("--data one.jsonl", "one.jsonl:1: no group of pairs is small enou"), (f"--data {LONG}", "xxxx"),
-    ("--init gpt3", "--init: gpt3/config.json: No such file or directory; a model is a folder with"),
+    ("--init chatty --data chat.jsonl", "chatty: messages would not be read by its own chat template he"),
+    ("--ref chatty", "--ref chatty: has another tokenizer, other ids or another chat t"),
+    ("--init gpt3", "gpt3/config.json: No such file or directory; a model is a folder with"),
     (f"--init {LONG}", "name too long"),
     ("--init nothing", "nothing/config.json: "),
     ("--ref nothing", "nothing/config.json: "),
@@ -109,7 +111,8 @@ MODELS = [  # the rest: test_pretrained.py, test_vocab.py
     (remove("model.safetensors"), "model.safetensors"),
     (make_nan, "--init model: wte.weight holds NaN or infinity"),
     (remove("config.json"), "model/config.json: "), (cut("config.json", 0), "config.json: "),
-    (edit("config.json", model_type="llama"), "llama"),
+    (edit("config.json", model_type="llama"),
+     "model/config.json: a llama; python ports/huggingface.py --init model trains it"),
     (cut("tokenizer.json", 0), "tokenizer.json: not JSON"),
     (edit("tokenizer.json", model={"type": "Unigram"}), "tokenizer.json: ")]
 
@@ -127,7 +130,7 @@ RUNS = [
     (put("run.json", b'{"a":' * 10**5), "run.json: damaged ("), (put("run.json", b"[]"), "damaged ("),
     (edit("run.json", config=...), "run.json: damaged (no config); start anew, with --overwrite or elsew"),
     (config_of(loss="kto"), "--loss kto: choose from sft"),
-    (config_of(init="gone"), "--init: gone/config.json: No such file or directory; a model is a folder"),
+    (config_of(init="gone"), "gone/config.json: No such file or directory; a model is a folder"),
     (config_of(data=["gone.jsonl"]), "gone.jsonl: No such file"),
     (lambda f: [p.write_bytes(b"{}") for p in f.glob("checkpoints/*")], "model: has no checkpoint that ")]
 
@@ -153,6 +156,10 @@ def corpus(tmp_path_factory):
     swapped = json.loads((folder / "other/tokenizer.json").read_text())
     swapped["model"]["vocab"] |= {"a": 98, "b": 97}
     (folder / "other/tokenizer.json").write_text(json.dumps(swapped))
+    message = {"role": "user", "content": "Q"}
+    write_lines(folder / "chat.jsonl", [{"prompt": [message], "chosen": "a", "rejected": "b"}])
+    shutil.copytree(folder / "a", folder / "chatty")
+    (folder / "chatty/chat_template.jinja").write_text("another")
     shutil.copytree(folder / "words", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

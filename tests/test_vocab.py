@@ -108,7 +108,7 @@ def test_transformers_gives_the_ids_that_we_give(kind, tmp_path):
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == ours.encode(chat)
     assert ours.render(messages) == chat
-    assert Tokenizer(tmp_path).hash == ours.hash
+    assert Tokenizer(tmp_path).hash == ours.hash and Tokenizer(tmp_path).render(messages) == chat
     if kind != "gpt2":
         written = (tmp_path / "tokenizer.json").read_bytes()
         vocab.write(tmp_path, dict(reversed(ours.ranks.items())), ours.eot)
