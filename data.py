@@ -59,8 +59,7 @@ class Tokenizer:
     def render(self, messages):
         """A list of {"role", "content"} -> text, in the form of HH-RLHF."""
         if self.other_template:
-            raise DataError(f"{self.name}: messages would not be read by its own chat template here; "
-                            "ports/huggingface.py trains with it")
+            raise DataError(f"{self.name}: has its own chat template; ports/huggingface.py trains with it")
         return "".join(self.TURN[m["role"]] + m["content"] for m in messages) + "\n\nAssistant:"
 
     def encode_prompts(self, prompts):

@@ -84,8 +84,7 @@ def hidden_states(model, batch, cfg):
     """The trunk: the hidden state that predicts each response token of a batch, (N, C)."""
     with precision(cfg):
         hidden = model(batch.tokens, batch.positions, batch.mask())  # (B, T, C)
-    row, column = batch.source
-    return hidden[row, column]
+    return hidden[*batch.source]
 
 def head(policy, hidden, target, ref_logps=None, ref_hidden=None, reference=None):
     """Hidden states (N, C) of response tokens -> {"logps": log pi, and of the reference what is known}, (N,).
@@ -117,7 +116,10 @@ def response_logps(model, batch, cfg):
 
 def call(loss, terms, cfg):
     """The loss of some pairs, (B,). Its signature says which terms and which hyper-parameters it takes."""
-    return loss(**{name: terms[name] for name in terms_of(loss)}, **cfg.settings)
+    value = loss(**{name: terms[name] for name in terms_of(loss)}, **cfg.settings)
+    if value.shape != (len(terms["chosen_logps"]),):
+        raise ValueError(f"the loss {cfg.loss} must return a number for each pair, not {tuple(value.shape)}")
+    return value
 
 def step(policy, reference, batch, loss, scale, cfg):
     """One micro-batch: add the gradient of scale * (sum of its losses) to the policy's.
@@ -139,11 +141,10 @@ def step(policy, reference, batch, loss, scale, cfg):
         ref_n = {name: x[n] if torch.is_tensor(x) else x for name, x in ref.items()}
         tokens = run_head(cfg, policy, leaf, batch.target[n], **ref_n)  # {name: (n,)}
         terms = pair_terms(batch, pairs, cfg.aspect_weights, **tokens)
-        value = call(loss, terms, cfg)                                  # (pairs,)
+        terms["loss"] = value = call(loss, terms, cfg)                  # (pairs,)
         if scale is not None:
             (scale * value.sum()).backward()
             grad[n] = leaf.grad
-        terms = {"loss": value} | terms
         rows.append({name: x.detach().reshape(len(value), -1).sum(-1) for name, x in terms.items()})
     if scale is not None:
         hidden.backward(grad)                                           # once through the trunk

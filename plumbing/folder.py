@@ -263,7 +263,8 @@ class Run:
         found = evaluation(*args)
         self.log_file.write({"step": step} | {f"eval/{name}": x for name, x in found.items()})
         if not math.isfinite(found["loss"]):
-            raise RunError(f"step {step}: the held-out loss is {found['loss']}; is --lr far too large?")
+            raise RunError(f"step {step}: the held-out loss is {found['loss']}"
+                           + "; is --lr far too large?" * bool(step))
         if step:
             self.after = found
             if "rewards/accuracies" in found:

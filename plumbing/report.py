@@ -47,7 +47,7 @@ def sft_first(cfg, folder, finished):
 def check_start(m, cfg):
     """Policy and reference are one model: raise RunError unless the first evaluation shows it."""
     nats = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2}[cfg.dtype]
-    off = max(abs(m[name]) for name in m if name.startswith(("logratio/", "kl/")))
+    off = max((abs(m[name]) for name in m if name.startswith(("logratio/", "kl/"))), default=0)
     if not off <= nats:  # NaN too
         raise RunError(f"policy and reference are equal, yet their log-probabilities differ by {off:.2g} "
                        "nats: does the model draw random numbers, or write to its own buffers?")

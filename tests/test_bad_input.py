@@ -56,7 +56,7 @@ FLAGS = [
     ("--data cut.jsonl.gz", "cut.jsonl.gz: Compressed file ended before t"),
     ("--data late.jsonl", "late.jsonl:5: not UTF-8"), ("--data second.jsonl", "second.jsonl:5: not JSON"),
     ("--data one.jsonl", "one.jsonl:1: no group of pairs is small enou"), (f"--data {LONG}", "xxxx"),
-    ("--init chatty --data chat.jsonl", "chatty: messages would not be read by its own chat template he"),
+    ("--init chatty --data chat.jsonl", "chatty: has its own chat template; ports/huggingface.py trains w"),
     ("--ref chatty", "--ref chatty: has another tokenizer, other ids or another chat t"),
     ("--init gpt3", "gpt3/config.json: No such file or directory; a model is a folder with"),
     (f"--init {LONG}", "name too long"),

@@ -455,3 +455,19 @@ def test_a_loss_that_asks_for_an_unknown_term_is_refused_and_an_error_in_one_sho
     with pytest.raises(AttributeError, match="nonsense") as error:
         run(tmp_path, "new", init=model_a)
     assert error.traceback[-1].name == "broken_loss"
+
+@pytest.mark.parametrize("of_pairs", [torch.mean, lambda x: x.mean(0, keepdim=True), lambda x: x[:, None]])
+def test_a_loss_that_returns_something_else_than_a_number_for_each_pair_is_an_error(
+        of_pairs, model_a, tmp_path, monkeypatch):
+    monkeypatch.setitem(LOSSES, "new", lambda chosen_logps, rejected_logps: of_pairs(chosen_logps))
+    with pytest.raises(ValueError, match="the loss new must return a number for each pair, not "):
+        run(tmp_path, "new", init=model_a)
+
+def test_a_loss_of_chosen_responses_alone_may_have_a_reference_and_one_that_is_nan_ends_the_run(
+        model_a, tmp_path, monkeypatch):
+    monkeypatch.setitem(LOSSES, "new", lambda chosen_logps, ref_chosen_logps: ref_chosen_logps - chosen_logps)
+    _, _, _, lines, _ = run(tmp_path, "new", init=model_a, lr=1e-3, steps=3)
+    assert lines[0]["loss"] == 0 > lines[-1]["loss"]
+    monkeypatch.setitem(LOSSES, "new", lambda chosen_logps, rejected_logps: (chosen_logps - 1).log())
+    with pytest.raises(SystemExit, match="step 0: the held-out loss is nan$"):  # not --lr
+        run(tmp_path, "new", init=model_a)
