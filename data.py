@@ -31,7 +31,7 @@ class Tokenizer:
     Raises DataError for anything else.
     """
     TURN = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-    lead = " "  # stands before the response to a list of messages
+    lead, other_template = " ", None  # before the response to messages; the folder's own chat template
 
     def __init__(self, name_or_path):
         import tiktoken

@@ -89,11 +89,11 @@ class Policy(torch.nn.Module):
             del trunk.forward  # the method shows again
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, *, temperature, eos, generator):
-        """Continue a row of ids (1, T) up to `eos`, its last one."""
+    def generate(self, tokens, max_new_tokens, *, temperature, eos, generator, n_ids):
+        """Continue a row of ids (1, T) up to `eos`, its last one, with ids below n_ids."""
         for _ in range(max_new_tokens):
             logits = self.logits(self(tokens[:, -self.config.block_size:])[:, -1]).float()
-            token = sample_token(logits[:, :self.config.vocab_size], temperature, None, None, generator)
+            token = sample_token(logits[:, :n_ids], temperature, None, None, generator)
             tokens = torch.cat([tokens, token.unsqueeze(-1)], -1)
             if token.item() == eos:
                 break
