@@ -25,6 +25,7 @@ from ports import huggingface, huggingface_setup  # noqa: E402
 from ports.huggingface import Policy  # noqa: E402
 
 pytestmark = pytest.mark.slow
+ANSWER = report.answer
 
 ONE = """llama qwen2 qwen3 gpt2 gpt_neox gemma2 gemma3 cohere phi3 mixtral glm4_moe deepseek_v3 gpt_oss
          llama4 opt modernbert-decoder""".split()
@@ -352,18 +353,18 @@ def test_segments_are_found_by_the_bytes_of_the_model_s_tokens(folder):
 # ---- Answers, numbers, flags ----
 
 def test_a_run_ends_with_answers_and_a_command_that_samples_it(folder, eight, tmp_path, capsys, monkeypatch):
-    answer = report.answer
-    monkeypatch.setattr(report, "answer", lambda *args: answer(*args).encode().hex())  # one word
+    monkeypatch.setattr(report, "answer", lambda *args: ANSWER(*args).encode().hex())  # one word
     run(huggingface.main, folder, eight, tmp_path, "--lr", 1e-1)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    reference, policy = ([line for line in lines if line[:1] == [name]] for name in ("reference", "policy"))
+    reference, policy = ([rest for first, *rest in filter(None, lines) if first == name]
+                         for name in ("reference", "policy"))
     assert len(reference) == len(policy) == 2 and reference != policy
     assert ["next:", "python", "ports/huggingface.py", "--init", str(tmp_path), "--ask", "'Why?'"] in lines
     huggingface.main(["--init", str(tmp_path), "--ask", "Why?" * 99])  # beyond its 128 positions
     capsys.readouterr()
     prompt = " ".join([line for line in lines if line[:1] == ["prompt"]][0][1:])
     huggingface.main(["--init", str(tmp_path), "--ask", prompt])
-    assert capsys.readouterr().out.split() == policy[0][1:]
+    assert capsys.readouterr().out.split() == policy[0]
 
 def test_logits_are_float32_in_a_bfloat16_run():
     """As train.head asks for them, under autocast; the trunk is in bfloat16 there."""
