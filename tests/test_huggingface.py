@@ -141,7 +141,8 @@ def test_a_compiled_run_has_the_numbers_of_an_eager_one(start, eight, tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(start("llama"), dtype="bfloat16").save_pretrained(half)
     Tokenizer("bytes").save(half)
     for switch in ("--no-compile", "--compile"):
-        run(huggingface.main, half, eight, tmp_path / switch, "--lr", 1e-3, "--dtype", "float64", switch)
+        run(huggingface.main, half, eight, tmp_path / switch, "--loss", "sft", "--lr", 1e-3,
+            "--dtype", "float64", switch)
         logs.append([r["loss"] for r in log_of(tmp_path / switch) if "loss" in r])
     assert len(logs[0]) == 2 and logs[0] == pytest.approx(logs[1], rel=1e-8)
 
