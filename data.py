@@ -217,7 +217,7 @@ def load(paths, tokenizer, block_size, alone=False):
     for A in sorted(aspects.keys() - {0})[1:]:
         malformed.append(("", aspects[A], f"{A} scores a segment, and another number in other pairs"))
     if malformed or not len(pairs):
-        raise DataError("\n".join(files.listed(malformed) or [*notes, "no pair is left to train on"]))
+        raise DataError("\n".join(files.listed(malformed) or [*notes, "no pair is left"]))
     if len(aspects) > 1:
         notes.append(f"scores are ignored: {aspects[0]} has none")
     return pairs, notes

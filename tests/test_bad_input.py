@@ -52,7 +52,7 @@ FLAGS = [
     ("--data missing.jsonl", "missing.jsonl: No such file"),
     ("--val_data missing.jsonl", "missing.jsonl: No such file"),
     ("--data nothing --tokenizer gone", "nothing: a folder; name the files that are meant"),
-    ("--data empty.jsonl", "no pair is left to train on"),
+    ("--data empty.jsonl", "no pair is left"),
     ("--data cut.jsonl.gz", "cut.jsonl.gz: Compressed file ended before t"),
     ("--data late.jsonl", "late.jsonl:5: not UTF-8"), ("--data second.jsonl", "second.jsonl:5: not JSON"),
     ("--data one.jsonl", "one.jsonl:1: no group of pairs is small enou"), (f"--data {LONG}", "xxxx"),

@@ -146,7 +146,7 @@ def test_the_line_about_a_file_says_what_was_kept_dropped_and_cut(tmp_path):
                      "1 prompts cut at the front to fit block_size 50, "
                      "1 with a response that ends in <|endoftext|>: remove it, it is added"]
     assert error_of(pair(chosen=""), tmp_path=tmp_path).splitlines() == [
-        "/bad.jsonl: 0 pairs, 1 dropped: 1 with an empty response (1)", "no pair is left to train on"]
+        "/bad.jsonl: 0 pairs, 1 dropped: 1 with an empty response (1)", "no pair is left"]
 
 LINES = "".join(json.dumps(pair(f"Q{i}")) + "\n" for i in range(3)).encode()
 
