@@ -203,7 +203,7 @@ class Run:
 
     @ranks.only_main
     def describe(self, policy):
-        """Write config.json and the tokenizer, before the run too: one that is stopped can be sampled."""
+        """Write config.json and the tokenizer; before the run too, for what cannot be written shows then."""
         with writing(self.folder):
             if isinstance(policy, GPT):
                 pretrained.write_config(policy, self.folder, self.tokenizer.eot)

@@ -148,7 +148,7 @@ def read_config(name_or_folder, config_class):
     folder = folder_of(name_or_folder)
     path, c = folder / "config.json", load_config(folder)
     if (kind := c.get("model_type", "gpt2")) not in ("gpt2", OWN):
-        raise ModelError(f"{path}: a {kind}; python ports/huggingface.py --init {folder} trains it")
+        raise ModelError(f"{path}: a {kind}; python ports/huggingface.py --init {folder} may train it")
     if (folder / "model.safetensors").exists():
         read_weights(folder, names=[])
     try:
@@ -166,7 +166,7 @@ def read_config(name_or_folder, config_class):
     for key, allowed in expected.items():
         if key in c and c[key] not in allowed:
             raise ModelError(f"{path}: {key} = {c[key]!r} is not GPT-2's, {allowed[0]!r}; "
-                             f"python ports/huggingface.py --init {folder} trains it")
+                             f"python ports/huggingface.py --init {folder} may train it")
     return config
 
 def read_weights(folder, names=None):

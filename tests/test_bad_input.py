@@ -112,7 +112,7 @@ MODELS = [  # the rest: test_pretrained.py, test_vocab.py
     (make_nan, "--init model: wte.weight holds NaN or infinity"),
     (remove("config.json"), "model/config.json: "), (cut("config.json", 0), "config.json: "),
     (edit("config.json", model_type="llama"),
-     "model/config.json: a llama; python ports/huggingface.py --init model trains it"),
+     "model/config.json: a llama; python ports/huggingface.py --init model may train it"),
     (cut("tokenizer.json", 0), "tokenizer.json: not JSON"),
     (edit("tokenizer.json", model={"type": "Unigram"}), "tokenizer.json: ")]
 
