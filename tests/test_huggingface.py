@@ -96,6 +96,7 @@ def start(folder, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(report, "answer", lambda model, tokenizer, prompt, seed: "An answer.")
+    monkeypatch.setattr(report, "PROGRAM", report.PROGRAM)  # which main sets
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
