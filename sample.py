@@ -143,7 +143,7 @@ def sample(args):
         given = [np.array([*x, tokenizer.eot]) for x in tokenizer.encode_batch(given)]
         room = block_size - max(map(len, given), default=args.max_new_tokens)
         if room < 1:
-            raise ConfigError(f"the answer may take all of block_size {block_size}: no room for a prompt")
+            raise ConfigError(f"--max_new_tokens, --response: the answer may take all {block_size} positions")
         ids = [np.array(x) for x in tokenizer.encode_prompts(batch)]
         for name, model in () if given else models.items():
             answers[name] = generate(model, tokenizer, [x[-room:] for x in ids], args)

@@ -133,7 +133,7 @@ def step(policy, reference, batch, loss, scale, cfg):
     Returns {name: (B,)}: loss, the terms of losses.py by name (segments summed), the pairs' numbers.
     """
     hidden = hidden_states(policy, batch, cfg)                          # (N, C)
-    with_kl = scale is None or "chosen_seq_kl" in terms_of(loss)        # numbers always include the KL
+    with_kl = scale is None or any("seq_kl" in name for name in terms_of(loss))  # numbers have the KL
     ref = reference(batch, with_kl)                                     # (N,) remembered, or (N, C) for a KL
     grad, rows = torch.zeros_like(hidden), []
     for pairs, n in batch.chunks(cfg.head_tokens):                      # whole pairs; the logits of one chunk
@@ -291,7 +291,7 @@ def run(cfg, tokenizer, pairs, val, make=make_models, **identity):
         reference = no_reference
         if model:
             ranks.shard(model)
-            remembers = "chosen_seq_kl" not in terms_of(loss)  # a KL needs the whole distribution
+            remembers = not any("seq_kl" in name for name in terms_of(loss))  # a KL needs logits
             reference = Reference(
                 model, partial(hidden_states, model, cfg=cfg), partial(response_logps, model, cfg=cfg),
                 Memory(this.folder, pairs, cfg.dtype) if remembers else None)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = tuple(str(ROOT / "toy" / f) for f in ("reviews-train.jsonl", "reviews-heldout.jsonl", "toy.tiktoken"))
 
 def has_reference(loss):
-    return any(name.startswith("ref_") for name in terms_of(loss))
+    return any(name.startswith("ref_") or name.endswith("_seq_kl") for name in terms_of(loss))
 
 def is_pairwise(loss):
     return "rejected_logps" in terms_of(loss)
@@ -46,8 +46,9 @@ def parse(Config, argv):
         readers = [f"{name} {knobs_of(x)[knob]}" for name, x in LOSSES.items() if knob in knobs_of(x)]
         parser.add_argument("--" + knob, type=float, metavar="FLOAT",
                             help="hyper-parameter of the loss; default: " + ", ".join(readers))
-    typed = vars(parser.parse_args(argv))
-    typed = {name: tuple(x) if isinstance(x, list) else x for name, x in typed.items()}
+    typed = {k: tuple(x) if isinstance(x, list) else x for k, x in vars(parser.parse_args(argv)).items()}
+    if empty := [name for name, x in typed.items() if x == "" or isinstance(x, tuple) and "" in x]:
+        raise ConfigError(f"--{empty[0]}: is empty (an unset variable?); leave it out for the default")
     if "aspect_weights" in typed:
         try:
             typed["aspect_weights"] = tuple(float(w) for x in typed["aspect_weights"] for w in x.split(","))

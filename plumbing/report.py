@@ -79,7 +79,6 @@ def stopped(number, step, cfg):
         "or, where this is the SFT before another run, with that run's command again")
 
 # ---- The end of a run ----
-
 TABLE = {  # metric -> its name in the final table
     "loss": "loss",
     "rewards/accuracies": "reward accuracy (a tie counts 1/2)",

@@ -194,6 +194,12 @@ def test_a_bad_flag_or_file_or_name_is_one_line(flags, words, refuse):
     flags = f"--data good.jsonl {start} --steps 1 {flags.removeprefix('init=none')}"
     refuse(flags if flags.endswith("--resume") else f"--out_dir out {flags}", words)
 
+@pytest.mark.parametrize("flag", ["--ref", "--init", "--out_dir", "--tokenizer", "--data"])
+def test_an_empty_value_is_not_taken_for_one_that_was_not_given(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main([flag, ""])
+    assert f"{flag}: is empty (an unset variable?)" in capsys.readouterr().err
+
 def damaged_copy(corpus, name, change):
     shutil.rmtree(corpus / "model", ignore_errors=True)
     shutil.copytree(corpus / name, corpus / "model")

@@ -114,6 +114,8 @@ def test_the_last_line_trains(diagnose, monkeypatch, tmp_path, model_a, loss, si
     ([pair()], ["nowhere.jsonl", "--tokenizer", "gone"], "nowhere.jsonl: No such file or directory"),
     ([pair()], ["--tokenizer", "nowhere"], "tokenizer 'nowhere': is neither"),
     ([pair(), "{}"], ["--segment"], 'd.jsonl:2: no "prompt"'),
+    ([pair()], ["--block_size", "1"], "--block_size 1: must be at least 2 and below 2^63"),
+    ([pair()], ["--segmen"], "unrecognized arguments: --segmen"),
     ([pair()], ["--nope"], "unrecognized arguments: --nope")])
 def test_bad_input_is_one_clear_line_and_exit_status_2(tmp_path, capsys, records, options, message):
     path = write(tmp_path / "d.jsonl", *records)
@@ -123,7 +125,8 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(tmp_path, capsys, records
     assert stop.value.code == 2 and error.startswith(f"doctor: {message}") and len(error.splitlines()) == 1
 
 def test_segment_writes_the_same_pairs_in_segments_with_scores_left_to_fill_in(diagnose, tmp_path):
-    records = [pair("Q", "One. Two!\nThree", "No"), pair("R", scored(("kept. as is.", 1)), scored(("x", 0))),
+    records = [pair("Q", "One. Two!\nThree", "No"),
+               {"id": "a 7"} | pair("R", scored(("kept. as is.", 1)), scored(("x", 0))),
                pair([{"role": "user", "content": "Hi"}], [{"text": "a. b."}, {"text": " c"}], "d")]
     status, out, error = diagnose(*records, options=["--segment"])
     lines = [json.loads(line) for line in out.splitlines()]

@@ -137,7 +137,7 @@ def test_what_cannot_be_sampled_is_one_line(run, capsys):
     assert "say what to answer" in refused(capsys, run)
     assert "goes with --heat" in refused(capsys, run, *flags, "--response", "a")
     assert "temperature -1.0" in refused(capsys, run, *flags, "--temperature=-1", "--max_new_tokens=9")
-    assert "no room for a prompt" in refused(capsys, run, *flags, "--max_new_tokens", "48")
+    assert "the answer may take all 48 positions" in refused(capsys, run, *flags, "--max_new_tokens", "48")
     (other / "tokenizer.json").rename(other / "away")
     assert "holds no tokenizer" in refused(capsys, other, *flags)
     config = json.loads((other / "config.json").read_text())

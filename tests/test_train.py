@@ -456,6 +456,17 @@ def test_a_loss_that_asks_for_an_unknown_term_is_refused_and_an_error_in_one_sho
         run(tmp_path, "new", init=model_a)
     assert error.traceback[-1].name == "broken_loss"
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_loss_may_ask_for_a_kl_and_for_no_other_term_of_the_reference(side, model_a, tmp_path, monkeypatch):
+    names = {"chosen": lambda chosen_logps, rejected_logps, chosen_seq_kl:
+             rejected_logps - chosen_logps + chosen_seq_kl,
+             "rejected": lambda chosen_logps, rejected_logps, rejected_seq_kl:
+             rejected_logps - chosen_logps + rejected_seq_kl}
+    monkeypatch.setitem(LOSSES, "new", names[side])
+    _, folder, head, lines, _ = run(tmp_path, "new", init=model_a, lr=1e-3, steps=3)
+    assert head["identity"]["ref"] and not (folder / "reference-train.bin").exists()
+    assert lines[-1]["loss"] < lines[0]["loss"] and KL <= lines[-1].keys()
+
 @pytest.mark.parametrize("of_pairs", [torch.mean, lambda x: x.mean(0, keepdim=True), lambda x: x[:, None]])
 def test_a_loss_that_returns_something_else_than_a_number_for_each_pair_is_an_error(
         of_pairs, model_a, tmp_path, monkeypatch):

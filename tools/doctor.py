@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import data  # noqa: E402
 from plumbing import pairs  # noqa: E402
+from plumbing.files import read_bytes  # noqa: E402
 
 CLOSE = 0.1  # normalised edit distance below which the two responses are nearly the same text
 
@@ -177,8 +178,10 @@ def segment_lines(paths):
     """Every pair with segments, as JSON lines; a response that has some keeps them."""
     malformed = []
     for path in paths:
-        for _, prompt, *sides in pairs.read(path, malformed):
-            out = {"prompt": prompt}
+        lines = dict(pairs.lines_of(path, read_bytes(path)))
+        for where, _, *sides in pairs.read(path, malformed):
+            record = pairs.parse_json(lines[where.removeprefix(str(path)).partition(" ")[0]])
+            out = {key: record[key] for key in ("id", "prompt") if key in record}
             for key, side in zip(("chosen", "rejected"), sides, strict=True):
                 if len(side) == 1 and not side[0][1]:
                     side = [(text, []) for text in split_segments(side[0][0])]
@@ -188,7 +191,7 @@ def segment_lines(paths):
         raise data.DataError("\n".join(pairs.listed(malformed)))
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"doctor: {message}\n")
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help=".jsonl or .jsonl.gz files of pairs")
@@ -197,6 +200,8 @@ def main(arguments=None):
     add("--segment", action="store_true", help="write the pairs to standard output, each response split into "
         "segments with empty scores, to be filled in")
     options = parser.parse_intermixed_args(arguments)
+    if not 2 <= options.block_size < 2**63:
+        parser.error(f"--block_size {options.block_size}: must be at least 2 and below 2^63")
     try:
         files = pairs.files_of(options.files)
         if options.segment:
